@@ -1,0 +1,63 @@
+// What every instruction-set variant of the CPU kernels offers, and the choice between them.
+#pragma once
+
+#include <cstddef>
+
+#include "../geometry.h"
+
+namespace lenet_fast::cpu {
+
+template <typename T>
+struct ConvActPoolForward {
+  ConvGeometry geometry;
+  const T *input, *weight, *bias;  // bias may be null
+  T* output;
+};
+
+template <typename T>
+struct ConvActPoolBackward {
+  ConvGeometry geometry;
+  const T *grad_output, *input, *weight, *bias;
+  T* grad_input;             // null: not wanted
+  T *weight_sums, *bias_sums;  // this range's sums over its images; null: not wanted
+};
+
+// Work on images [begin, end) in blocks of `lanes` images; begin is a multiple of `lanes`. The workspace is
+// `workspace_bytes` long, aligned to 64 bytes, and needs no initial value.
+template <typename T>
+struct ConvActPoolKernels {
+  int64_t lanes;
+  size_t (*forward_workspace_bytes)(const ConvGeometry&);
+  size_t (*backward_workspace_bytes)(const ConvGeometry&);
+  void (*forward)(const ConvActPoolForward<T>&, int64_t begin, int64_t end, void* workspace);
+  void (*backward)(const ConvActPoolBackward<T>&, int64_t begin, int64_t end, void* workspace);
+};
+
+struct Kernels {
+  const char* isa;
+  ConvActPoolKernels<float> conv_act_pool_float;
+  ConvActPoolKernels<double> conv_act_pool_double;
+
+  template <typename T>
+  const ConvActPoolKernels<T>& conv_act_pool() const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      return conv_act_pool_float;
+    } else {
+      return conv_act_pool_double;
+    }
+  }
+};
+
+namespace portable {
+extern const Kernels kernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+
+}  // namespace lenet_fast::cpu

@@ -1,0 +1,10 @@
+// Everything that a variant includes before its target pragma (see variant.h).
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "kernels.h"

@@ -1,0 +1,50 @@
+"""Which kernels this installation has: loads the compiled libraries and keeps the reason for each one missing."""
+
+import importlib.util
+import warnings
+from functools import cache
+from pathlib import Path
+
+import torch
+
+BACKENDS = ("auto", "native", "triton", "reference")
+
+_NATIVE_LIBRARIES = {"cpu": "_C", "cuda": "_C_cuda"}  # device type -> compiled library
+
+
+def _load_library(name: str) -> str | None:
+    """Load the compiled library `name`, which registers its kernels; returns why that was not possible, or None."""
+    spec = importlib.util.find_spec(f"lenet_fast.{name}")
+    if spec is None or spec.origin is None:
+        return f"lenet_fast.{name} was not built"
+    try:
+        torch.ops.load_library(Path(spec.origin))
+    except OSError as error:
+        return f"lenet_fast.{name} could not be loaded: {error}"
+    return None
+
+
+@cache
+def missing_native() -> dict[str, str | None]:
+    """Device type -> why it has no native kernels, None where it has. Loads the libraries at the first call."""
+    return {device: _load_library(name) for device, name in _NATIVE_LIBRARIES.items()}
+
+
+def why_unavailable(backend: str, device_type: str) -> str | None:
+    """Why `backend` cannot run on tensors of `device_type`; None when it can."""
+    if backend == "native":
+        return missing_native().get(device_type, f"there are no native kernels for device type {device_type!r}")
+    if backend == "triton":
+        return "the Triton kernels are not part of this version"
+    return None
+
+
+@cache
+def warn_reference(device_type: str) -> None:
+    """Say once per device type that operators run through plain PyTorch there."""
+    warnings.warn(
+        f"lenet_fast: operators on {device_type!r} tensors run through plain PyTorch, without fused kernels: "
+        f"{why_unavailable('native', device_type)}. `lenet-fast env` shows what is installed.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
