@@ -37,10 +37,16 @@ def _declare(schema: str, operator: type[_Operator], fallback: Callable[..., Any
         backends.warn_reference(input.device.type)
         return fallback(input, *args)
 
+    def run_autograd(*args: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(f"torch.ops.lenet_fast.{name} is the raw operator: under torch.func, call "
+                               f"lenet_fast.functional.{name.removesuffix('_backward')} instead")
+        return operator.apply(*args)
+
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     # Dynamo must not trace into a kernel that a compiled graph calls.
     _library.impl(name, torch.compiler.disable(run_fallback), "CompositeExplicitAutograd")
-    _library.impl(name, torch.compiler.disable(operator.apply), "Autograd")
+    _library.impl(name, torch.compiler.disable(run_autograd), "Autograd")
     torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
 
 

@@ -1,0 +1,42 @@
+# make train: set up, train LeNet-5 on the embedded digits, say where the picture is.  make test, make lint: the checks.
+# Everything lives in .venv; PYTHON picks the interpreter that creates it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(abspath $(VENV))/bin
+SOURCES := setup.py $(shell find csrc -type f)
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+export PATH := $(BIN):$(PATH)
+
+.PHONY: install train test lint format clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.requirements: requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.requirements pyproject.toml $(SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --config-settings editable_mode=compat -e .
+	touch $@
+
+train: install
+	$(BIN)/lenet-fast train
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.requirements
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+format: $(VENV)/.requirements
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+clean:
+	rm -rf build dist *.egg-info lenet_fast/*.so $(VENV)

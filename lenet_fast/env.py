@@ -1,0 +1,63 @@
+"""What is installed, what is used, and why something is not: the report behind `lenet-fast env`."""
+
+import platform
+import sys
+from importlib import import_module, metadata, util
+
+import torch
+
+from . import backends
+from ._version import __version__
+
+_OPTIONAL_PACKAGES = ("triton", "matplotlib")
+
+
+def facts() -> dict[str, str]:
+    """The report as label -> value."""
+    return {
+        "lenet_fast": __version__,
+        "Python": f"{platform.python_version()} ({sys.implementation.name})",
+        "platform": f"{platform.system()} {platform.machine()}",
+        "PyTorch": f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}",
+        "threads": str(torch.get_num_threads()),
+        **{f"kernels on {device}": _kernels(device) for device in ("cpu", "cuda")},
+        **_build_facts(),
+        **{name: _package_version(name) for name in _OPTIONAL_PACKAGES},
+    }
+
+
+def report() -> str:
+    """`facts` as aligned lines."""
+    rows = facts()
+    width = max(map(len, rows))
+    return "\n".join(f"{label:<{width}}  {value}" for label, value in rows.items())
+
+
+def _kernels(device_type: str) -> str:
+    if (reason := backends.why_unavailable("native", device_type)) is None:
+        return "native"
+    return f"plain PyTorch ({reason})"
+
+
+def _build_facts() -> dict[str, str]:
+    if util.find_spec("lenet_fast._build_info") is None:
+        return {"build": "nothing compiled: plain PyTorch serves every operator"}
+    build = import_module("lenet_fast._build_info")
+    try:
+        isa = build.selected_isa()
+    except RuntimeError as error:
+        isa = str(error)
+    return {
+        "CPU instruction set": f"{isa} (this machine runs {', '.join(build.supported_isas())})",
+        "CUDA architectures": build.cuda_architectures or "none: built without CUDA kernels",
+        "compiler": build.compiler,
+        "compiler flags": build.flags,
+        "built against": f"PyTorch {build.torch_version}, runs on 2.11 and later",
+    }
+
+
+def _package_version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"

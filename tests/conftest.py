@@ -1,0 +1,20 @@
+import pytest
+import torch
+
+
+@pytest.fixture
+def poisoned_memory():
+    """New tensors, and so every kernel's output and workspace, start as NaN."""
+    was_enabled = torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(was_enabled)
+
+
+@pytest.fixture(autouse=True)
+def _reset_dynamo():
+    """Compiled functions of one test must not count against the next one's recompile limit."""
+    yield
+    torch.compiler.reset()

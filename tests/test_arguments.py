@@ -1,0 +1,95 @@
+"""Bad arguments: each is refused with an error that names the argument and the value, and nothing crashes."""
+
+import pytest
+import torch
+
+from lenet_fast import functional, nn
+
+X = torch.zeros(2, 3, 8, 8)
+W = torch.zeros(4, 3, 3, 3)
+B = torch.zeros(4)
+
+
+BAD = {
+    "rank": ({"input": torch.zeros(3, 8)}, ValueError, r"input: .*\(3, 8\)"),
+    "channels": ({"input": torch.zeros(2, 5, 8, 8)}, ValueError, r"input: expected 3 channels .* got 5"),
+    "weight rank": ({"weight": torch.zeros(4, 27)}, ValueError, r"weight: .*\(4, 27\)"),
+    "weight not square": ({"weight": torch.zeros(4, 3, 3, 2)}, ValueError, r"weight: .*\(4, 3, 3, 2\)"),
+    "no output channels": ({"weight": torch.zeros(0, 3, 3, 3)}, ValueError, r"weight: .*\(0, 3, 3, 3\)"),
+    "bias shape": ({"bias": torch.zeros(5)}, ValueError, r"bias: .*\(4,\).* got \(5,\)"),
+    "dtype mix": ({"weight": W.double()}, TypeError, r"weight: .*float32, got torch.float64"),
+    "bias dtype": ({"bias": B.half()}, TypeError, r"bias: .*float16"),
+    "integers": ({"input": X.int()}, TypeError, r"input: .*int32"),
+    "complex": ({"input": X.to(torch.complex64)}, TypeError, r"input: .*complex64"),
+    "all integers": ({"input": X.long(), "weight": W.long(), "bias": B.long()}, TypeError, r"input: .*int64"),
+    "not a tensor": ({"input": [[1.0]]}, TypeError, r"input: expected a Tensor, got list"),
+    "weight none": ({"weight": None}, TypeError, r"weight: expected a Tensor, got NoneType"),
+    "sparse": ({"input": X.to_sparse()}, TypeError, r"input: .*sparse"),
+    "device mix": ({"weight": W.to("meta")}, ValueError, r"weight: .*cpu, got meta"),
+    "kernel too large": ({"weight": torch.zeros(4, 3, 9, 9)}, ValueError, r"weight: kernel size 9 .*height 8"),
+    "nothing to pool": ({"weight": torch.zeros(4, 3, 8, 8)}, ValueError, r"pool: 'avg'"),
+    "negative padding": ({"padding": -1}, ValueError, r"padding: .*-1"),
+    "padding name": ({"padding": "full"}, ValueError, r"padding: .*'full'"),
+    "padding type": ({"padding": 1.5}, TypeError, r"padding: .*1.5"),
+    "padding pair": ({"padding": (1, 1)}, TypeError, r"padding: .*\(1, 1\)"),
+    "activation": ({"activation": "gelu"}, ValueError, r"activation: .*'gelu'"),
+    "activation type": ({"activation": torch.nn.ReLU()}, ValueError, r"activation: .*ReLU"),
+    "pool": ({"pool": "median"}, ValueError, r"pool: .*'median'"),
+    "backend": ({"backend": "cudnn"}, ValueError, r"backend: .*'cudnn'"),
+    "missing backend": ({"backend": "triton"}, RuntimeError, r"backend: 'triton' cannot run here: "),
+}
+
+
+@pytest.mark.parametrize(("changes", "exception", "message"), BAD.values(), ids=BAD)
+def test_functional_refuses(changes, exception, message):
+    arguments = {"input": X, "weight": W, "bias": B} | changes
+    with pytest.raises(exception, match=message):
+        functional.conv_act_pool(**arguments)
+
+
+RAW_BAD = {
+    "rank": (torch.zeros(3, 8), W, B, 0, "relu", "avg"),
+    "channels": (torch.zeros(2, 5, 8, 8), W, B, 0, "relu", "avg"),
+    "weight": (X, torch.zeros(4, 27), B, 0, "relu", "avg"),
+    "empty weight": (X, torch.zeros(4, 3, 0, 0), B, 0, "relu", "avg"),
+    "bias": (X, W, torch.zeros(3), 0, "relu", "avg"),
+    "integers": (X.int(), W.int(), B.int(), 0, "relu", "avg"),
+    "dtype mix": (X, W.double(), B, 0, "relu", "avg"),
+    "kernel": (X, torch.zeros(4, 3, 9, 9), B, 0, "relu", "avg"),
+    "padding": (X, W, B, -3, "relu", "avg"),
+    "huge padding": (X, W, B, 2**40, "relu", "avg"),
+    "activation": (X, W, B, 0, "gelu", "avg"),
+    "pool": (X, W, B, 0, "relu", "median"),
+}
+
+
+@pytest.mark.parametrize("arguments", RAW_BAD.values(), ids=RAW_BAD)
+def test_raw_operators_refuse(arguments):
+    with pytest.raises(RuntimeError):
+        torch.ops.lenet_fast.conv_act_pool(*arguments)
+    with pytest.raises(RuntimeError):
+        torch.ops.lenet_fast.conv_act_pool_backward(torch.zeros(2, 4, 3, 3), *arguments, True, True, True)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 3, 2), (1, 4, 3, 3), (2, 4, 9)])
+def test_raw_backward_refuses_a_wrong_gradient(shape):
+    with pytest.raises(RuntimeError, match="grad_output"):
+        torch.ops.lenet_fast.conv_act_pool_backward(torch.zeros(shape), X, W, B, 0, "relu", "avg", True, True, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"in_channels": 0}, "in_channels: .*0"),
+        ({"out_channels": -2}, "out_channels: .*-2"),
+        ({"kernel_size": 0}, "kernel_size: .*0"),
+        ({"kernel_size": (3, 5)}, r"kernel_size: .*\(3, 5\)"),
+        ({"padding": -1}, "padding: .*-1"),
+        ({"padding": "full"}, "padding: .*'full'"),
+        ({"activation": "swish"}, "activation: .*'swish'"),
+        ({"pool": "sum"}, "pool: .*'sum'"),
+    ],
+)
+def test_layer_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        nn.ConvActPool2d(**({"in_channels": 1, "out_channels": 2, "kernel_size": 3} | changes))

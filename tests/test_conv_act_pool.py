@@ -1,0 +1,188 @@
+"""conv_act_pool against the plain PyTorch definition: values, gradients, layouts, dtypes, determinism."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from operators import ACTIVATIONS, CASES, LENET_C1, LENET_C3, POOLS, SMALL, Case, implementations
+
+from lenet_fast import functional
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+implementation = pytest.mark.parametrize("implementation", implementations())
+
+
+def error(actual, expected):
+    """Largest difference as a share of the expected values' largest magnitude."""
+    assert actual.shape == expected.shape
+    assert actual.isfinite().all()
+    if expected.numel() == 0:
+        return 0.0
+    return float((actual.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-30))
+
+
+def assert_as_accurate_as_pytorch(case, dtype, device, backend, activation, pool):
+    """No more than 2x (forward) or 3x (gradients) the error of PyTorch's own operators in the same dtype."""
+    tensors = case.tensors(dtype)
+    exact = case.gradients(tuple(t.double() if t is not None else None for t in tensors), activation, pool, "reference")
+    plain = case.gradients(tensors, activation, pool, "reference")
+    on_device = tuple(t.to(device) if t is not None else None for t in tensors)
+    output, grads = case.gradients(on_device, activation, pool, backend)
+    assert output.dtype == dtype
+    # In float32 both errors are a few roundings, and either may be lucky: never ask for less than four.
+    eps = torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 1)
+    assert error(output.cpu(), exact[0]) <= 2 * max(error(plain[0], exact[0]), eps)
+    for grad, plain_grad, exact_grad in zip(grads, plain[1], exact[1], strict=True):
+        assert grad.dtype == dtype
+        assert error(grad.cpu(), exact_grad) <= 3 * max(error(plain_grad, exact_grad), eps)
+
+
+@implementation
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_float64(case, activation, pool, implementation):
+    device, backend = implementation
+    expected, expected_grads = case.gradients(case.tensors(), activation, pool, "reference")
+    output, grads = case.gradients(case.tensors(device=device), activation, pool, backend)
+    assert error(output.cpu(), expected) < 1e-13
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert error(grad.cpu(), expected_grad) < 1e-12
+
+
+@implementation
+@pytest.mark.parametrize("case", [LENET_C1, LENET_C3, CASES[2], CASES[3], CASES[4]], ids=str)
+@pytest.mark.parametrize(("activation", "pool"), [("sigmoid", "avg"), ("relu", "max"), ("scaled_tanh", "none")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_shorter_dtypes(case, activation, pool, dtype, implementation):
+    assert_as_accurate_as_pytorch(case, dtype, *implementation, activation, pool)
+
+
+def channels_last(tensor):
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+
+def strided(tensor):
+    return torch.stack([tensor, torch.full_like(tensor, torch.nan)], -1)[..., 0]
+
+
+def transposed(tensor):
+    return tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor
+
+
+def offset(tensor):
+    return torch.cat([torch.full((3,), torch.nan, dtype=tensor.dtype), tensor.flatten()])[3:].view(tensor.shape)
+
+
+@implementation
+@pytest.mark.parametrize("layout", [channels_last, strided, transposed, offset])
+def test_strides(layout, implementation):
+    device, backend = implementation
+    tensors = tuple(layout(t).to(device) for t in LENET_C3.tensors())
+    expected, expected_grads = LENET_C3.gradients(LENET_C3.tensors(), backend="reference")
+    output, grads = LENET_C3.gradients(tensors, backend=backend)
+    assert error(output.cpu(), expected) < 1e-13
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert error(grad.cpu(), expected_grad) < 1e-12
+
+
+@implementation
+def test_expanded_tensors_and_gradients(implementation):
+    device, backend = implementation
+    input, weight, bias = SMALL.tensors(device=device)
+    results = []
+    for run in (backend, "reference"):
+        leaf = input[:1].clone().requires_grad_()
+        output = SMALL.run((leaf.expand(5, -1, -1, -1), weight[:1].expand(3, -1, -1, -1), bias[:1].expand(3)), backend=run)
+        output.sum().backward()  # an expanded gradient
+        results.append((output.detach(), leaf.grad))
+    assert error(results[0][0], results[1][0]) < 1e-13
+    assert error(results[0][1], results[1][1]) < 1e-12
+
+
+@implementation
+@pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1)], ids=str)
+def test_only_the_wanted_gradients(needs, implementation):
+    device, backend = implementation
+    tensors = SMALL.tensors(device=device)
+    expected = dict(zip(range(3), SMALL.gradients(tensors, backend="reference", seed=1)[1], strict=True))
+    leaves = tuple(t.requires_grad_(bool(need)) for t, need in zip(tensors, needs, strict=True))
+    output = SMALL.run(leaves, backend=backend)
+    generator = torch.Generator().manual_seed(1)
+    output.backward(torch.randn(output.shape, generator=generator, dtype=output.dtype).to(device))
+    for index, leaf in enumerate(leaves):
+        if needs[index]:
+            assert error(leaf.grad, expected[index]) < 1e-12
+        else:
+            assert leaf.grad is None
+
+
+@implementation
+def test_unbatched_input_and_padding_names(implementation):
+    device, backend = implementation
+    input, weight, bias = SMALL.tensors(device=device)
+    for padding in (0, 1, "valid", "same"):
+        one = functional.conv_act_pool(input[0], weight, bias, padding=padding, backend=backend)
+        expected = F.avg_pool2d(torch.sigmoid(F.conv2d(input, weight, bias, padding=padding)), 2)[0]
+        assert error(one, expected) < 1e-13
+
+
+@implementation
+@pytest.mark.parametrize("pool", POOLS)
+def test_nan_and_infinity_propagate_as_in_pytorch(pool, implementation):
+    device, backend = implementation
+    input, weight, bias = Case(3, 1, 8, 8, 2, 3).tensors(torch.float32)
+    input[0, 0, 2, 3] = torch.nan
+    input[1, 0, 0, 0] = torch.inf
+    input[1, 0, 7, 7] = -torch.inf
+    for activation in ACTIVATIONS:
+        options = {"activation": activation, "pool": pool}
+        expected = functional.conv_act_pool(input, weight, bias, backend="reference", **options)
+        output = functional.conv_act_pool(
+            input.to(device), weight.to(device), bias.to(device), backend=backend, **options
+        )
+        torch.testing.assert_close(output.cpu(), expected, equal_nan=True)
+
+
+@implementation
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "scaled_tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_activations_over_the_whole_range(activation, dtype, implementation):
+    device, backend = implementation
+    z = torch.cat([torch.linspace(-120, 120, 4001), torch.logspace(-30, 0, 400), -torch.logspace(-30, 0, 400)])
+    z = torch.cat([z, torch.tensor([0.0, torch.inf, -torch.inf, torch.nan, 1e30, -1e30, 0.625, -0.625])]).to(dtype)
+    one = torch.ones(1, 1, 1, 1, dtype=dtype, device=device)
+    run = functional.conv_act_pool(
+        z.view(1, 1, 1, -1).to(device), one, activation=activation, pool="none", backend=backend
+    )
+    exact = functional.conv_act_pool(
+        z.double().view(1, 1, 1, -1), one.cpu().double(), activation=activation, pool="none", backend="reference"
+    )
+    # Relative, also where the value is tiny: tanh near 0, sigmoid far left (to the smallest normal number).
+    tiny = torch.finfo(dtype).tiny
+    torch.testing.assert_close(run.cpu().double(), exact, rtol=8 * torch.finfo(dtype).eps, atol=tiny, equal_nan=True)
+
+
+@implementation
+def test_bit_equal_on_every_run(implementation):
+    device, backend = implementation
+    tensors = tuple(t.to(device) for t in Case(100, 6, 14, 14, 16, 5).tensors(torch.float32))
+    first, *others = (LENET_C3.gradients(tensors, backend=backend) for _ in range(3))
+    for other in others:
+        assert torch.equal(first[0], other[0])
+        assert all(torch.equal(a, b) for a, b in zip(first[1], other[1], strict=True))
+
+
+def test_within_rounding_across_thread_counts():
+    tensors = Case(100, 6, 14, 14, 16, 5).tensors()
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(LENET_C3.gradients(tensors))
+    finally:
+        torch.set_num_threads(threads)
+    for output, grads in results[1:]:
+        assert torch.equal(output, results[0][0])
+        assert all(error(a, b) < 1e-13 for a, b in zip(grads, results[0][1], strict=True))
