@@ -4,7 +4,6 @@ LENET_FAST_CUDA=0|1|auto (default auto): never, always (fails loudly where it ca
 """
 
 import os
-import platform
 
 import torch
 from setuptools import setup

@@ -61,10 +61,11 @@ ConvGeometry check_conv(const Tensor& input, const Tensor& weight, const std::op
   if (padding < 0) {
     fail("padding: expected at least 0, got ", padding);
   }
-  ConvGeometry geometry{input.size(0),       input.size(1),  input.size(2),
-                        input.size(3),       weight.size(0), weight.size(2),
-                        padding,             parse_activation(activation),
-                        parse_pool(pool),    {}};
+  ConvGeometry geometry{input.size(0),    input.size(1),
+                        input.size(2),    input.size(3),
+                        weight.size(0),   weight.size(2),
+                        padding,          parse_activation(activation),
+                        parse_pool(pool), {}};
   // Positions and connections are 32-bit; a block of images must fit in memory anyway.
   constexpr int64_t limit = int64_t{1} << 28;
   if (padding > limit || weight.numel() > limit || geometry.padded_height() > limit ||
@@ -85,7 +86,9 @@ ConvGeometry check_conv(const Tensor& input, const Tensor& weight, const std::op
 class Ranges {
  public:
   Ranges(int64_t batch, int64_t lanes, size_t workspace_bytes, const Tensor& like)
-      : batch_(batch), lanes_(lanes), blocks_((batch + lanes - 1) / lanes),
+      : batch_(batch),
+        lanes_(lanes),
+        blocks_((batch + lanes - 1) / lanes),
         count_(std::min<int64_t>(blocks_, torch::stable::get_num_threads())),
         stride_((workspace_bytes + 63) / 64 * 64),
         memory_(torch::stable::new_empty(like, {count_ * static_cast<int64_t>(stride_)}, ScalarType::Byte)) {}
@@ -141,10 +144,11 @@ Tensor conv_act_pool(const Tensor& input, const Tensor& weight, const std::optio
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_act_pool_backward(
-    const Tensor& grad_output, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-    int64_t padding, const std::string& activation, const std::string& pool, bool need_input, bool need_weight,
-    bool need_bias) {
+std::tuple<Tensor, Tensor, Tensor> conv_act_pool_backward(const Tensor& grad_output, const Tensor& input,
+                                                          const Tensor& weight, const std::optional<Tensor>& bias,
+                                                          int64_t padding, const std::string& activation,
+                                                          const std::string& pool, bool need_input, bool need_weight,
+                                                          bool need_bias) {
   ConvGeometry geometry = check_conv(input, weight, bias, padding, activation, pool);
   check_like("grad_output", grad_output, input);
   check_shape("grad_output", grad_output,
@@ -167,10 +171,10 @@ std::tuple<Tensor, Tensor, Tensor> conv_act_pool_backward(
     T* const rows = mutable_data<T>(sums);
     ranges.run([&](int64_t range, int64_t begin, int64_t end, void* workspace) {
       T* const row = rows + range * length;
-      kernel.backward({geometry, data<T>(g), data<T>(x), data<T>(w), data<T>(b),
-                       need_input ? mutable_data<T>(grad_input) : nullptr, need_weight ? row : nullptr,
-                       need_bias ? row + weights : nullptr},
-                      begin, end, workspace);
+      kernel.backward(
+          {geometry, data<T>(g), data<T>(x), data<T>(w), data<T>(b), need_input ? mutable_data<T>(grad_input) : nullptr,
+           need_weight ? row : nullptr, need_bias ? row + weights : nullptr},
+          begin, end, workspace);
     });
     sum_rows(mutable_data<T>(grad_weight), rows, ranges.count(), length, weights);
     sum_rows(mutable_data<T>(grad_bias), rows + weights, ranges.count(), length, biases);

@@ -1,4 +1,5 @@
-// Checks and conversions shared by the bindings: operators can be called with anything, and must then say what is wrong.
+// Checks and conversions shared by the bindings: operators can be called with anything, and must then say what is
+// wrong.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

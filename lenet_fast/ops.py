@@ -3,9 +3,12 @@
 An operator is a `torch.autograd.Function` around the raw, dispatched kernel rather than `register_autograd`, because
 only the former works under torch.func (grad, vmap, jacrev) and refuses forward mode instead of returning a zero
 tangent. The same Function serves direct calls and the dispatcher's autograd key, so both routes agree.
+
+Every operator has its gradients as a second operator, `<name>_backward`, whose own derivative is that of the plain
+PyTorch definition: double backward is right at any order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +18,10 @@ from . import backends, reference
 
 _NAMESPACE = "lenet_fast"
 _library = torch.library.Library(_NAMESPACE, "DEF")
-_AUTOCAST_DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+_AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
 
-class _Operator(torch.autograd.Function):
+class _Function(torch.autograd.Function):
     """A Function whose arguments are always complete and positional."""
 
     @classmethod
@@ -29,78 +32,218 @@ class _Operator(torch.autograd.Function):
         return super(torch.autograd.Function, cls).apply(*args)
 
 
-def _declare(schema: str, operator: type[_Operator], fallback: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Define one operator: `fallback` (plain PyTorch) serves every device without a kernel of its own."""
-    name = schema.partition("(")[0]
+class DifferentiableOperator:
+    """Declares `name` and `name_backward`, and calls them.
 
-    def run_fallback(input: Tensor, *args: Any) -> Any:
-        backends.warn_reference(input.device.type)
-        return fallback(input, *args)
+    The first `len(tensors)` arguments are differentiable tensors, the first of them batched along dimension 0 like the
+    output; the rest are options. A tensor whose name ends in "?" may be None.
 
-    def run_autograd(*args: Any) -> Any:
-        if torch._C._are_functorch_transforms_active():
-            raise RuntimeError(f"torch.ops.lenet_fast.{name} is the raw operator: under torch.func, call "
-                               f"lenet_fast.functional.{name.removesuffix('_backward')} instead")
-        return operator.apply(*args)
+    Args:
+        name: the operator, also the name of its plain PyTorch definition in `reference`.
+        tensors: names of the tensor arguments.
+        options: the other arguments as the schema declares them, e.g. "int padding, str pool".
+        fake: output without data from the same arguments.
+    """
 
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    # Dynamo must not trace into a kernel that a compiled graph calls.
-    _library.impl(name, torch.compiler.disable(run_fallback), "CompositeExplicitAutograd")
-    _library.impl(name, torch.compiler.disable(run_autograd), "Autograd")
-    torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
+    def __init__(self, name: str, tensors: Sequence[str], options: str, fake: Callable[..., Tensor]) -> None:
+        self.name = name
+        self.num_tensors = len(tensors)
+        self.definition: Callable[..., Tensor] = getattr(reference, name)
+        self.backward_function = self._backward_function()
+        self.function = self._forward_function()
+
+        declared = [f"Tensor{'?' * t.endswith('?')} {t.removesuffix('?')}" for t in tensors]
+        needs = [f"bool need_{t.removesuffix('?')}" for t in tensors]
+        results = ", ".join(["Tensor"] * len(tensors))
+        schema = f"{name}({', '.join([*declared, options])}) -> Tensor"
+        backward_schema = (
+            f"{name}_backward({', '.join(['Tensor grad_output', *declared, options, *needs])}) -> ({results})"
+        )
+        self._declare(schema, self.function, self.definition, fake)
+        self._declare(backward_schema, self.backward_function, self._gradients, self._fake_gradients)
+        for device_type, key in _AUTOCAST_KEYS.items():
+            _library.impl(name, torch.compiler.disable(self._under_autocast(device_type, key)), key)
+
+    def __call__(self, *args: Any) -> Tensor:
+        """Run on checked arguments: as one node of the graph when compiling, else straight into the Function."""
+        if torch.compiler.is_compiling():
+            if torch._C._are_functorch_transforms_active():  # Dynamo cannot trace a Function under torch.func
+                return self.definition(*args)
+            return self._packet(self.name)(*args)
+        device_type = args[0].device.type
+        if device_type in _AUTOCAST_KEYS and torch.is_autocast_enabled(device_type):
+            args = self._cast(device_type, args)
+        return self.function.apply(*args)
+
+    @staticmethod
+    def _packet(name: str) -> Any:
+        return getattr(torch.ops.lenet_fast, name).default
+
+    def _kernel(self, name: str) -> Callable[..., Any]:
+        """The dispatched kernel, below autograd."""
+
+        def run(*args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return self._packet(name)(*args)
+
+        return run
+
+    @staticmethod
+    def _declare(schema: str, function: type[_Function], fallback: Callable[..., Any], fake: Callable) -> None:
+        name = schema.partition("(")[0]
+
+        def run_fallback(first: Tensor, *args: Any) -> Any:
+            backends.warn_reference(first.device.type)
+            return fallback(first, *args)
+
+        def run_autograd(*args: Any) -> Any:
+            if torch._C._are_functorch_transforms_active():
+                raise RuntimeError(
+                    f"torch.ops.lenet_fast.{name} is the raw operator: under torch.func, call "
+                    f"lenet_fast.functional.{name.removesuffix('_backward')} instead"
+                )
+            return function.apply(*args)
+
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        # Dynamo must not trace into a kernel that a compiled graph calls.
+        _library.impl(name, torch.compiler.disable(run_fallback), "CompositeExplicitAutograd")
+        _library.impl(name, torch.compiler.disable(run_autograd), "Autograd")
+        torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
+
+    # --- autograd ----------------------------------------------------------------------------------------------------
+
+    def _forward_function(self) -> type[_Function]:
+        operator, kernel = self, self._kernel(self.name)
+
+        class Forward(_Function):
+            @staticmethod
+            def forward(*args: Any) -> Tensor:
+                return kernel(*args)
+
+            @staticmethod
+            def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+                ctx.save_for_backward(*inputs[: operator.num_tensors])
+                ctx.options = inputs[operator.num_tensors :]
+
+            @staticmethod
+            def backward(ctx: Any, grad_output: Tensor) -> tuple:
+                needs = ctx.needs_input_grad[: operator.num_tensors]
+                grads = operator.backward_function.apply(grad_output, *ctx.saved_tensors, *ctx.options, *needs)
+                wanted = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+                return *wanted, *(None for _ in ctx.options)
+
+            @staticmethod
+            def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple:
+                if any(dim is not None for dim in in_dims[1:]):
+                    return _vmap_by_loop(Forward, info, in_dims, args)
+                batched = args[0].movedim(in_dims[0], 0)
+                output = Forward.apply(batched.flatten(0, 1), *args[1:])
+                return output.unflatten(0, batched.shape[:2]), 0
+
+        Forward.__name__ = self.name
+        return Forward
+
+    def _backward_function(self) -> type[_Function]:
+        operator, kernel = self, self._kernel(f"{self.name}_backward")
+
+        class Backward(_Function):
+            @staticmethod
+            def forward(*args: Any) -> tuple[Tensor, ...]:
+                return kernel(*args)
+
+            @staticmethod
+            def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+                ctx.save_for_backward(*inputs[: operator.num_tensors + 1])
+                ctx.options = inputs[operator.num_tensors + 1 :]
+
+            @staticmethod
+            def backward(ctx: Any, *grad_grads: Tensor) -> tuple:
+                def gradients(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+                    return operator._gradients(*tensors, *ctx.options)
+
+                grads = _vector_jacobian_product(gradients, ctx.saved_tensors, grad_grads)
+                return *grads, *(None for _ in ctx.options)
+
+            @staticmethod
+            def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple:
+                return _vmap_by_loop(Backward, info, in_dims, args)
+
+        Backward.__name__ = f"{self.name}_backward"
+        return Backward
+
+    def _gradients(self, grad_output: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        """`name_backward` by differentiating the plain definition; an empty tensor for each gradient not needed."""
+        tensors, options, needs = self._split(args)
+
+        def forward(*tensors: Tensor | None) -> Tensor:
+            return self.definition(*tensors, *options)
+
+        grads = _vector_jacobian_product(forward, tensors, grad_output)
+        return tuple(
+            grad if need and grad is not None else grad_output.new_empty(0)
+            for grad, need in zip(grads, needs, strict=True)
+        )
+
+    def _fake_gradients(self, grad_output: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        tensors, _, needs = self._split(args)
+        return tuple(
+            torch.empty_like(tensor, memory_format=torch.contiguous_format)
+            if need and tensor is not None
+            else grad_output.new_empty(0)
+            for tensor, need in zip(tensors, needs, strict=True)
+        )
+
+    def _split(self, args: tuple) -> tuple[tuple, tuple, tuple]:
+        """Tensors, options and needs of `name_backward`'s arguments after grad_output."""
+        return args[: self.num_tensors], args[self.num_tensors : -self.num_tensors], args[-self.num_tensors :]
+
+    # --- autocast ----------------------------------------------------------------------------------------------------
+
+    def _cast(self, device_type: str, args: tuple) -> tuple:
+        """The tensors as torch.autocast hands them to a convolution: in the lower precision, float64 left alone."""
+        dtype = torch.get_autocast_dtype(device_type)
+        tensors = (
+            t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
+            for t in args[: self.num_tensors]
+        )
+        return *tensors, *args[self.num_tensors :]
+
+    def _under_autocast(self, device_type: str, key: str) -> Callable[..., Tensor]:
+        key_set = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+        def cast_and_call(*args: Any) -> Tensor:
+            with torch._C._ExcludeDispatchKeyGuard(key_set):
+                return self._packet(self.name)(*self._cast(device_type, args))
+
+        return cast_and_call
 
 
-def _raw(name: str, *args: Any) -> Any:
-    """Call the kernel of operator `name` below autograd."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return getattr(torch.ops.lenet_fast, name).default(*args)
-
-
-def _under_autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors as torch.autocast hands them to a convolution: in the lower precision, float64 left alone."""
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
-    )
-
-
-def _declare_autocast(name: str, num_tensors: int) -> None:
-    """Under autocast, cast the operator's first `num_tensors` arguments."""
-    for device_type, key in _AUTOCAST_DEVICES.items():
-
-        def cast_and_call(*args: Any, device_type: str = device_type, key: str = key) -> Any:
-            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
-                tensors = _under_autocast(device_type, *args[:num_tensors])
-                return getattr(torch.ops.lenet_fast, name).default(*tensors, *args[num_tensors:])
-
-        _library.impl(name, torch.compiler.disable(cast_and_call), key)
-
-
-def _call(operator: type[_Operator], name: str, tensors: tuple[Tensor | None, ...], *options: Any) -> Any:
-    """Run an operator: as one node of the graph when compiling or exporting, else straight into its Function."""
-    if torch.compiler.is_compiling():
-        if torch._C._are_functorch_transforms_active():  # Dynamo cannot trace a Function under torch.func
-            return getattr(reference, name)(*tensors, *options)
-        return getattr(torch.ops.lenet_fast, name).default(*tensors, *options)
-    device_type = tensors[0].device.type
-    if device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type):
-        tensors = _under_autocast(device_type, *tensors)
-    return operator.apply(*tensors, *options)
-
-
-def _unstack(value: Any, dim: int | None, index: int) -> Any:
-    return value if dim is None else value.select(dim, index)
-
-
-def _vmap_by_loop(operator: type[_Operator], info: Any, in_dims: tuple[int | None, ...], args: tuple) -> tuple:
+def _vmap_by_loop(function: type[_Function], info: Any, in_dims: tuple, args: tuple) -> tuple:
     """One call a slice: the rule for whatever cannot be folded into the batch."""
     slices = [
-        operator.apply(*(_unstack(a, d, i) for a, d in zip(args, in_dims, strict=True)))
+        function.apply(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
         for i in range(info.batch_size)
     ]
     if isinstance(slices[0], Tensor):
         return torch.stack(slices), 0
-    return tuple(torch.stack(s) for s in zip(*slices, strict=True)), (0,) * len(slices[0])
+    return tuple(map(torch.stack, zip(*slices, strict=True))), (0,) * len(slices[0])
+
+
+def _vector_jacobian_product(function: Callable, tensors: Sequence[Tensor | None], grads: Any) -> list[Tensor | None]:
+    """Gradients of a plain PyTorch function for those of its arguments that are there; differentiable themselves."""
+    present = [i for i, t in enumerate(tensors) if t is not None]
+
+    def of_present(*values: Tensor) -> Any:
+        arguments = list(tensors)
+        for i, value in zip(present, values, strict=True):
+            arguments[i] = value
+        return function(*arguments)
+
+    _, pull_back = torch.func.vjp(of_present, *(tensors[i] for i in present))
+    result: list[Tensor | None] = [None] * len(tensors)
+    for i, grad in zip(present, pull_back(grads), strict=True):
+        result[i] = grad
+    return result
 
 
 def output_size(size: Any, kernel_size: Any, padding: Any, pool: str) -> Any:
@@ -109,128 +252,18 @@ def output_size(size: Any, kernel_size: Any, padding: Any, pool: str) -> Any:
     return size if pool == "none" else size // 2
 
 
-# --- conv_act_pool ---------------------------------------------------------------------------------------------------
-
-
-class ConvActPool(_Operator):
-    """pool(act(conv2d(input, weight, bias))): (input, weight, bias, padding, activation, pool) -> output."""
-
-    @staticmethod
-    def forward(input, weight, bias, padding, activation, pool):
-        return _raw("conv_act_pool", input, weight, bias, padding, activation, pool)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        input, weight, bias, *ctx.options = inputs
-        ctx.save_for_backward(input, weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        needs = ctx.needs_input_grad[:3]
-        grads = ConvActPoolBackward.apply(grad_output, *ctx.saved_tensors, *ctx.options, *needs)
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None
-
-    @staticmethod
-    def vmap(info, in_dims, *args):
-        if in_dims[1:] != (None,) * 5:
-            return _vmap_by_loop(ConvActPool, info, in_dims, args)
-        input = args[0].movedim(in_dims[0], 0)
-        output = ConvActPool.apply(input.flatten(0, 1), *args[1:])
-        return output.unflatten(0, input.shape[:2]), 0
-
-
-class ConvActPoolBackward(_Operator):
-    """Gradients of `ConvActPool`; recomputes the pre-activation from its inputs. Empty tensors where not needed."""
-
-    @staticmethod
-    def forward(grad_output, input, weight, bias, padding, activation, pool, need_input, need_weight, need_bias):
-        return _raw(
-            "conv_act_pool_backward",
-            *(grad_output, input, weight, bias, padding, activation, pool, need_input, need_weight, need_bias),
-        )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:4])
-        ctx.options = inputs[4:]
-
-    @staticmethod
-    def backward(ctx, *grad_grads):
-        def gradients(*tensors):
-            return _conv_act_pool_backward_reference(*tensors, *ctx.options)
-
-        return *_pull_back(gradients, ctx.saved_tensors, grad_grads), *(None,) * 6
-
-    @staticmethod
-    def vmap(info, in_dims, *args):
-        return _vmap_by_loop(ConvActPoolBackward, info, in_dims, args)
-
-
-def _pull_back(function: Callable, tensors: tuple[Tensor | None, ...], grads: Any) -> list[Tensor | None]:
-    """Vector-Jacobian product of plain PyTorch `function`, for those of its arguments that are tensors."""
-    present = [i for i, t in enumerate(tensors) if t is not None]
-
-    def of_present(*values):
-        arguments = list(tensors)
-        for i, value in zip(present, values, strict=True):
-            arguments[i] = value
-        return function(*arguments)
-
-    _, pull = torch.func.vjp(of_present, *(tensors[i] for i in present))
-    result: list[Tensor | None] = [None] * len(tensors)
-    for i, grad in zip(present, pull(grads), strict=True):
-        result[i] = grad
-    return result
-
-
-def _conv_act_pool_backward_reference(
-    grad_output, input, weight, bias, padding, activation, pool, need_input, need_weight, need_bias
-):
-    def forward(*tensors):
-        return reference.conv_act_pool(*tensors, padding, activation, pool)
-
-    grads = _pull_back(forward, (input, weight, bias), grad_output)
-    needs = (need_input, need_weight, need_bias and bias is not None)
-    return tuple(g if need else input.new_empty(0) for g, need in zip(grads, needs, strict=True))
-
-
-def _conv_act_pool_fake(input, weight, bias, padding, activation, pool):
-    kernel_size = weight.shape[-1]
-    height, width = (output_size(s, kernel_size, padding, pool) for s in input.shape[-2:])
+def _fake_conv_act_pool(
+    input: Tensor, weight: Tensor, bias: Tensor | None, padding: int, activation: str, pool: str
+) -> Tensor:
+    height, width = (output_size(size, weight.shape[-1], padding, pool) for size in input.shape[-2:])
     return input.new_empty((input.shape[0], weight.shape[0], height, width))
 
 
-def _conv_act_pool_backward_fake(
-    grad_output, input, weight, bias, padding, activation, pool, need_input, need_weight, need_bias
-):
-    return (
-        input.new_empty(input.shape if need_input else 0),
-        weight.new_empty(weight.shape if need_weight else 0),
-        weight.new_empty(weight.shape[0] if need_bias and bias is not None else 0),
-    )
-
-
-_declare(
-    "conv_act_pool(Tensor input, Tensor weight, Tensor? bias, int padding, str activation, str pool) -> Tensor",
-    ConvActPool,
-    reference.conv_act_pool,
-    _conv_act_pool_fake,
+conv_act_pool = DifferentiableOperator(
+    "conv_act_pool",
+    ("input", "weight", "bias?"),
+    "int padding, str activation, str pool",
+    _fake_conv_act_pool,
 )
-_declare(
-    "conv_act_pool_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? bias, int padding, "
-    "str activation, str pool, bool need_input, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
-    ConvActPoolBackward,
-    _conv_act_pool_backward_reference,
-    _conv_act_pool_backward_fake,
-)
-_declare_autocast("conv_act_pool", num_tensors=3)
-
-
-def conv_act_pool(
-    input: Tensor, weight: Tensor, bias: Tensor | None, padding: int, activation: str, pool: str
-) -> Tensor:
-    """The operator on checked arguments; see `functional.conv_act_pool`."""
-    return _call(ConvActPool, "conv_act_pool", (input, weight, bias), padding, activation, pool)
-
 
 backends.missing_native()  # registers the compiled kernels on the operators declared above

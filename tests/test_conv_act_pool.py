@@ -93,7 +93,9 @@ def test_expanded_tensors_and_gradients(implementation):
     results = []
     for run in (backend, "reference"):
         leaf = input[:1].clone().requires_grad_()
-        output = SMALL.run((leaf.expand(5, -1, -1, -1), weight[:1].expand(3, -1, -1, -1), bias[:1].expand(3)), backend=run)
+        output = SMALL.run(
+            (leaf.expand(5, -1, -1, -1), weight[:1].expand(3, -1, -1, -1), bias[:1].expand(3)), backend=run
+        )
         output.sum().backward()  # an expanded gradient
         results.append((output.detach(), leaf.grad))
     assert error(results[0][0], results[1][0]) < 1e-13
@@ -125,6 +127,18 @@ def test_unbatched_input_and_padding_names(implementation):
         one = functional.conv_act_pool(input[0], weight, bias, padding=padding, backend=backend)
         expected = F.avg_pool2d(torch.sigmoid(F.conv2d(input, weight, bias, padding=padding)), 2)[0]
         assert error(one, expected) < 1e-13
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("batch", [0, 1, 7])
+def test_one_window_over_the_whole_input(batch, activation):
+    """Computed as a matrix product."""
+    case = Case(batch, 4, 5, 5, 6, 5)
+    expected, expected_grads = case.gradients(case.tensors(), activation, "none", "reference")
+    output, grads = case.gradients(case.tensors(), activation, "none")
+    assert error(output, expected) < 1e-13
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert error(grad, expected_grad) < 1e-12
 
 
 @implementation

@@ -86,7 +86,10 @@ struct BlockContext {
   int32_t* positions;
 
   BlockContext(const ConvGeometry& geometry, const T* weight_, const T* bias_, void* memory, bool backward)
-      : g(geometry), planes(geometry, backward), weight(weight_), bias(bias_),
+      : g(geometry),
+        planes(geometry, backward),
+        weight(weight_),
+        bias(bias_),
         workspace(static_cast<Vec<T>*>(memory)),
         positions(reinterpret_cast<int32_t*>(workspace + planes.positions)) {
     std::fill(workspace + planes.input, workspace + planes.output, Vec<T>{});
@@ -94,7 +97,8 @@ struct BlockContext {
     for (int64_t c = 0; c < g.in_channels; ++c) {
       for (int64_t y = 0; y < g.height; ++y) {
         for (int64_t x = 0; x < g.width; ++x) {
-          *position++ = static_cast<int32_t>(c * planes.input_size + (y + g.padding) * planes.input_width + x + g.padding);
+          *position++ =
+              static_cast<int32_t>(c * planes.input_size + (y + g.padding) * planes.input_width + x + g.padding);
         }
       }
     }
@@ -102,7 +106,8 @@ struct BlockContext {
 
   void load_input(const T* images, int64_t first, int64_t count) {
     const int64_t pixels = g.in_channels * g.height * g.width;
-    load_block<T>(workspace + planes.input, g.padding == 0 ? nullptr : positions, images + first * pixels, pixels, count);
+    load_block<T>(workspace + planes.input, g.padding == 0 ? nullptr : positions, images + first * pixels, pixels,
+                  count);
   }
 
   const Vec<T>* input_row(int64_t channel, int64_t row) const {
@@ -141,9 +146,7 @@ void conv_tile(Vec<T> (&z)[2][kMaxColumns], const BlockContext<T>& block, int64_
           const Vec<T> tap = splat(weight[kx]);
           unroll<2>([&](auto dy) __attribute__((always_inline)) {
             const Vec<T>* pixels = row + dy * block.planes.input_width + kx;
-            unroll<Columns>([&](auto i) __attribute__((always_inline)) {
-              sum[dy * Columns + i] += tap * pixels[i];
-            });
+            unroll<Columns>([&](auto i) __attribute__((always_inline)) { sum[dy * Columns + i] += tap * pixels[i]; });
           });
         }
       }
@@ -203,8 +206,8 @@ void differentiate_tile(const Vec<T> (&z)[2][kMaxColumns], int columns, const Ve
     for (int64_t dy = 0; dy < 2; ++dy) {
       for (int64_t dx = 0; dx < columns; ++dx) {
         const bool inside = y + dy < height && x + dx < width;
-        row[dy][dx] = inside ? masked(activation_derivative<A, T>(z[dy][dx]) * grad_output[(y + dy) * width + x + dx])
-                             : Vec<T>{};
+        row[dy][dx] =
+            inside ? masked(activation_derivative<A, T>(z[dy][dx]) * grad_output[(y + dy) * width + x + dx]) : Vec<T>{};
       }
     }
   } else {
@@ -238,27 +241,39 @@ template <typename F>
 void with_activation_and_pool(Activation activation, Pool pool, F&& f) {
   const auto with_pool = [&]<Activation A>() {
     switch (pool) {
-      case Pool::avg: return f.template operator()<A, Pool::avg>();
-      case Pool::max: return f.template operator()<A, Pool::max>();
-      case Pool::none: return f.template operator()<A, Pool::none>();
+      case Pool::avg:
+        return f.template operator()<A, Pool::avg>();
+      case Pool::max:
+        return f.template operator()<A, Pool::max>();
+      case Pool::none:
+        return f.template operator()<A, Pool::none>();
     }
   };
   switch (activation) {
-    case Activation::identity: return with_pool.template operator()<Activation::identity>();
-    case Activation::relu: return with_pool.template operator()<Activation::relu>();
-    case Activation::sigmoid: return with_pool.template operator()<Activation::sigmoid>();
-    case Activation::tanh: return with_pool.template operator()<Activation::tanh>();
-    case Activation::scaled_tanh: return with_pool.template operator()<Activation::scaled_tanh>();
+    case Activation::identity:
+      return with_pool.template operator()<Activation::identity>();
+    case Activation::relu:
+      return with_pool.template operator()<Activation::relu>();
+    case Activation::sigmoid:
+      return with_pool.template operator()<Activation::sigmoid>();
+    case Activation::tanh:
+      return with_pool.template operator()<Activation::tanh>();
+    case Activation::scaled_tanh:
+      return with_pool.template operator()<Activation::scaled_tanh>();
   }
 }
 
 template <typename F>
 void with_kernel_size(int64_t kernel_size, F&& f) {
   switch (kernel_size) {
-    case 3: return f(std::integral_constant<int, 3>{});
-    case 5: return f(std::integral_constant<int, 5>{});
-    case 7: return f(std::integral_constant<int, 7>{});
-    default: return f(std::integral_constant<int, 0>{});
+    case 3:
+      return f(std::integral_constant<int, 3>{});
+    case 5:
+      return f(std::integral_constant<int, 5>{});
+    case 7:
+      return f(std::integral_constant<int, 7>{});
+    default:
+      return f(std::integral_constant<int, 0>{});
   }
 }
 
@@ -396,8 +411,8 @@ void input_gradient_tile(Vec<T>* target, const BlockContext<T>& block, int64_t c
   for (int32_t entry = table.column_begin[channel]; entry < table.column_begin[channel + 1]; ++entry) {
     const int32_t c = table.column_entry[entry];
     const T* weight = block.weight + (c * kernel_size + first) * kernel_size;
-    const Vec<T>* grads = block.workspace + planes.grads +
-                          (table.column_out[entry] * planes.rows + row - first) * planes.columns + x;
+    const Vec<T>* grads =
+        block.workspace + planes.grads + (table.column_out[entry] * planes.rows + row - first) * planes.columns + x;
     for (int64_t ky = first; ky <= last; ++ky, weight += kernel_size, grads -= planes.columns) {
       if constexpr (K > 0) {
         Vec<T> tap[K];

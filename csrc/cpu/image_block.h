@@ -35,9 +35,8 @@ void load_block(Vec<T>* block, const int32_t* position, const T* images, int64_t
   int64_t p = 0;
   for (; p + n <= pixels; p += n) {
     Vec<T> m[n];
-    unroll<n>([&](auto i) __attribute__((always_inline)) {
-      m[i] = i < count ? load(images + i * pixels + p) : Vec<T>{};
-    });
+    unroll<n>([&](auto i)
+                  __attribute__((always_inline)) { m[i] = i < count ? load(images + i * pixels + p) : Vec<T>{}; });
     transpose<T>(m);
     unroll<n>([&](auto i) __attribute__((always_inline)) { block[at(p + i)] = m[i]; });
   }

@@ -18,7 +18,7 @@ template <typename T>
 struct ConvActPoolBackward {
   ConvGeometry geometry;
   const T *grad_output, *input, *weight, *bias;
-  T* grad_input;             // null: not wanted
+  T* grad_input;               // null: not wanted
   T *weight_sums, *bias_sums;  // this range's sums over its images; null: not wanted
 };
 

@@ -3,15 +3,16 @@
 // inline function of the standard library is compiled for a machine that may lack the instructions, then includes this.
 #pragma once
 
-#include "vec.h"
-#include "image_block.h"
 #include "conv_act_pool.h"
+#include "image_block.h"
+#include "vec.h"
 
 #define LENET_FAST_STRING_(x) #x
 #define LENET_FAST_STRING(x) LENET_FAST_STRING_(x)
 
 namespace lenet_fast::cpu::LENET_FAST_ISA {
 
-const Kernels kernels = {LENET_FAST_STRING(LENET_FAST_ISA), conv_act_pool_kernels<float>(), conv_act_pool_kernels<double>()};
+const Kernels kernels = {LENET_FAST_STRING(LENET_FAST_ISA), conv_act_pool_kernels<float>(),
+                         conv_act_pool_kernels<double>()};
 
 }  // namespace lenet_fast::cpu::LENET_FAST_ISA
