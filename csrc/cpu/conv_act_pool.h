@@ -10,6 +10,8 @@
 // Everything is a loop over connections (output map, input map), so a sparse table is just a shorter loop.
 #pragma once
 
+#include "image_block.h"
+
 namespace lenet_fast::cpu::LENET_FAST_ISA {
 
 constexpr int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }

@@ -2,6 +2,8 @@
 // convolution is a broadcast and nothing is ever shuffled in the arithmetic. Conversion is one transpose each way.
 #pragma once
 
+#include "vec.h"
+
 namespace lenet_fast::cpu::LENET_FAST_ISA {
 
 // Interleave the lower (Half = 0) or upper half of a and b.

@@ -4,8 +4,6 @@
 #pragma once
 
 #include "conv_act_pool.h"
-#include "image_block.h"
-#include "vec.h"
 
 #define LENET_FAST_STRING_(x) #x
 #define LENET_FAST_STRING(x) LENET_FAST_STRING_(x)
