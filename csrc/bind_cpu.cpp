@@ -41,34 +41,69 @@ T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-ConvGeometry check_conv(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, int64_t padding,
-                        const std::string& activation, const std::string& pool) {
+// The operands of any of the fused convolutions; subsampling is there when `coefficient` is.
+struct Operands {
+  const Tensor& input;
+  const Tensor& weight;
+  const std::optional<Tensor>& bias;
+  std::optional<Tensor> coefficient, subsample_bias;
+};
+
+// Which gradients are wanted.
+struct Needs {
+  bool input, weight, bias, coefficient, subsample_bias;
+};
+
+void check_vector(const char* name, const std::optional<Tensor>& tensor, int64_t length, const Tensor& input) {
+  if (tensor.has_value()) {
+    check_like(name, *tensor, input);
+    check_shape(name, *tensor, {length});
+  }
+}
+
+// `out_channels`: -1 for a dense weight, which tells itself.
+ConvGeometry check_conv(const Operands& operands, int64_t out_channels, int64_t padding, const Name& activation,
+                        Pool pool) {
+  const auto& [input, weight, bias, coefficient, subsample_bias] = operands;
+  const bool dense = out_channels < 0;
   check_floating(input);
   check_like("weight", weight, input);
-  if (input.dim() != 4) {
+  if (input.dim() != 4 || input.size(1) == 0) {
     fail("input: expected (N, C, H, W), got shape ", shape(input));
   }
-  if (weight.dim() != 4 || weight.size(2) != weight.size(3) || weight.numel() == 0) {
-    fail("weight: expected (C_out, C_in, K, K), got shape ", shape(weight));
+  const int64_t rank = weight.dim();
+  if (rank != (dense ? 4 : 3) || weight.size(rank - 1) != weight.size(rank - 2) || weight.size(rank - 1) == 0) {
+    fail("weight: expected ", dense ? "(C_out, C_in, K, K)" : "(connections, K, K)", ", got shape ", shape(weight));
   }
-  if (weight.size(1) != input.size(1)) {
-    fail("input: expected ", weight.size(1), " channels as weight has, got shape ", shape(input));
+  if (dense) {
+    out_channels = weight.size(0);
+    if (weight.size(1) != input.size(1)) {
+      fail("input: expected ", weight.size(1), " channels as weight has, got shape ", shape(input));
+    }
   }
-  if (bias.has_value()) {
-    check_like("bias", *bias, input);
-    check_shape("bias", *bias, {weight.size(0)});
+  if (out_channels == 0) {
+    fail("weight: expected at least one output channel");
   }
+  check_vector("bias", bias, out_channels, input);
+  check_vector("coefficient", coefficient, out_channels, input);
+  check_vector("pool_bias", subsample_bias, out_channels, input);
   if (padding < 0) {
     fail("padding: expected at least 0, got ", padding);
   }
-  ConvGeometry geometry{input.size(0),    input.size(1),
-                        input.size(2),    input.size(3),
-                        weight.size(0),   weight.size(2),
-                        padding,          parse_activation(activation),
-                        parse_pool(pool), {}};
+  const ConvGeometry geometry{.batch = input.size(0),
+                              .in_channels = input.size(1),
+                              .height = input.size(2),
+                              .width = input.size(3),
+                              .out_channels = out_channels,
+                              .kernel_size = weight.size(rank - 1),
+                              .padding = padding,
+                              .activation = parse_activation(activation),
+                              .pool = pool,
+                              .connections = {}};
   // Positions and connections are 32-bit; a block of images must fit in memory anyway.
   constexpr int64_t limit = int64_t{1} << 28;
-  if (padding > limit || weight.numel() > limit || geometry.padded_height() > limit ||
+  if (padding > limit || weight.numel() > limit || out_channels > limit / input.size(1) ||
+      geometry.padded_height() > limit ||
       geometry.padded_width() > limit / std::max<int64_t>(1, geometry.padded_height()) / input.size(1)) {
     fail("input: ", shape(input), " with padding ", padding, " is too large for the CPU kernels");
   }
@@ -77,7 +112,7 @@ ConvGeometry check_conv(const Tensor& input, const Tensor& weight, const std::op
          " x ", geometry.padded_width());
   }
   if (geometry.out_height() < 1 || geometry.out_width() < 1) {
-    fail("pool: '", pool, "' needs a convolution output of at least 2x2");
+    fail("pool: needs a convolution output of at least 2x2");
   }
   return geometry;
 }
@@ -124,68 +159,155 @@ void sum_rows(T* totals, const T* rows, int64_t count, int64_t stride, int64_t l
   }
 }
 
-Tensor conv_act_pool(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, int64_t padding,
-                     const std::string& activation, const std::string& pool) {
-  ConvGeometry geometry = check_conv(input, weight, bias, padding, activation, pool);
-  const ConnectionTable table = ConnectionTable::dense(geometry.out_channels, geometry.in_channels);
-  geometry.connections = table.view();
-  return with_compute_type(input, [&]<typename T>(T, ScalarType dtype) {
+Tensor forward(const Operands& operands, const ConvGeometry& geometry) {
+  return with_compute_type(operands.input, [&]<typename T>(T, ScalarType dtype) {
     const auto& kernel = kernels().conv_act_pool<T>();
-    const std::optional<Tensor> x = as_operand(input, dtype), w = as_operand(weight, dtype),
-                                b = as_operand(bias, dtype);
+    const std::optional<Tensor> x = as_operand(operands.input, dtype), w = as_operand(operands.weight, dtype),
+                                b = as_operand(operands.bias, dtype), c = as_operand(operands.coefficient, dtype),
+                                d = as_operand(operands.subsample_bias, dtype);
     const Tensor output = torch::stable::new_empty(
         *x, {geometry.batch, geometry.out_channels, geometry.out_height(), geometry.out_width()});
-    const ConvActPoolForward<T> arguments{geometry, data<T>(x), data<T>(w), data<T>(b), mutable_data<T>(output)};
-    const Ranges ranges(geometry.batch, kernel.lanes, kernel.forward_workspace_bytes(geometry), input);
+    const ConvActPoolForward<T> arguments{
+        geometry, data<T>(x), data<T>(w), data<T>(b), data<T>(c), data<T>(d), mutable_data<T>(output)};
+    const Ranges ranges(geometry.batch, kernel.lanes, kernel.forward_workspace_bytes(geometry), operands.input);
     ranges.run([&](int64_t, int64_t begin, int64_t end, void* workspace) {
       kernel.forward(arguments, begin, end, workspace);
     });
-    return as_operand(output, input.scalar_type());
+    return as_operand(output, operands.input.scalar_type());
   });
+}
+
+// Gradients of the operands in order; an empty tensor for each that is not needed.
+std::array<Tensor, 5> backward(const Tensor& grad_output, const Operands& operands, const ConvGeometry& geometry,
+                               const Needs& needs) {
+  check_like("grad_output", grad_output, operands.input);
+  check_shape("grad_output", grad_output,
+              {geometry.batch, geometry.out_channels, geometry.out_height(), geometry.out_width()});
+  return with_compute_type(operands.input, [&]<typename T>(T, ScalarType dtype) {
+    const auto& kernel = kernels().conv_act_pool<T>();
+    const std::optional<Tensor> g = as_operand(grad_output, dtype), x = as_operand(operands.input, dtype),
+                                w = as_operand(operands.weight, dtype), b = as_operand(operands.bias, dtype),
+                                c = as_operand(operands.coefficient, dtype),
+                                d = as_operand(operands.subsample_bias, dtype);
+    const auto gradient = [&](bool needed, const std::optional<Tensor>& of) {
+      return needed && of.has_value() ? torch::stable::new_empty(*of, of->sizes(), dtype)
+                                      : torch::stable::new_empty(*x, {0}, dtype);
+    };
+    const std::array grads{gradient(needs.input, x), gradient(needs.weight, w), gradient(needs.bias, b),
+                           gradient(needs.coefficient, c), gradient(needs.subsample_bias, d)};
+    // Each range sums into a row of its own: weight, bias, coefficient, subsample_bias, where needed.
+    std::array<int64_t, 5> offset{};
+    for (size_t i = 1; i < grads.size(); ++i) {
+      offset[i] = (i > 1 ? offset[i - 1] + grads[i - 1].numel() : 0);
+    }
+    const int64_t length = offset.back() + grads.back().numel();
+    const Ranges ranges(geometry.batch, kernel.lanes, kernel.backward_workspace_bytes(geometry), operands.input);
+    const Tensor sums = torch::stable::new_empty(*x, {ranges.count(), length});
+    T* const rows = mutable_data<T>(sums);
+    ranges.run([&](int64_t range, int64_t begin, int64_t end, void* workspace) {
+      const auto at = [&](size_t i) { return grads[i].numel() > 0 ? rows + range * length + offset[i] : nullptr; };
+      T* const grad_input = grads[0].numel() > 0 ? mutable_data<T>(grads[0]) : nullptr;
+      kernel.backward({geometry,
+                       data<T>(g),
+                       data<T>(x),
+                       data<T>(w),
+                       data<T>(b),
+                       data<T>(c),
+                       data<T>(d),
+                       grad_input,
+                       {at(1), at(2), at(3), at(4)}},
+                      begin, end, workspace);
+    });
+    for (size_t i = 1; i < grads.size(); ++i) {
+      sum_rows(mutable_data<T>(grads[i]), rows + offset[i], ranges.count(), length, grads[i].numel());
+    }
+    const ScalarType stored = operands.input.scalar_type();
+    return std::array{as_operand(grads[0], stored), as_operand(grads[1], stored), as_operand(grads[2], stored),
+                      as_operand(grads[3], stored), as_operand(grads[4], stored)};
+  });
+}
+
+// --- the operators, as lenet_fast/ops.py declares them ---------------------------------------------------------------
+
+// Check everything, then call f(operands, geometry) while the connection table lives.
+template <typename F>
+auto with_geometry(const Operands& operands, const std::optional<std::vector<int64_t>>& connections,
+                   int64_t out_channels, int64_t padding, const Name& activation, Pool pool, F&& f) {
+  ConvGeometry geometry = check_conv(operands, connections.has_value() ? out_channels : -1, padding, activation, pool);
+  if (connections.has_value() && static_cast<int64_t>(connections->size()) != operands.weight.size(0)) {
+    fail("weight: expected ", connections->size(), " connections, got shape ", shape(operands.weight));
+  }
+  const ConnectionTable table = connections.has_value()
+                                    ? ConnectionTable::sparse(*connections, geometry.out_channels, geometry.in_channels)
+                                    : ConnectionTable::dense(geometry.out_channels, geometry.in_channels);
+  geometry.connections = table.view();
+  return f(operands, geometry);
+}
+
+Tensor conv_act_pool(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, int64_t padding,
+                     const Name& activation, const Name& pool) {
+  return with_geometry({input, weight, bias, {}, {}}, std::nullopt, -1, padding, activation, parse_pool(pool), forward);
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv_act_pool_backward(const Tensor& grad_output, const Tensor& input,
                                                           const Tensor& weight, const std::optional<Tensor>& bias,
-                                                          int64_t padding, const std::string& activation,
-                                                          const std::string& pool, bool need_input, bool need_weight,
-                                                          bool need_bias) {
-  ConvGeometry geometry = check_conv(input, weight, bias, padding, activation, pool);
-  check_like("grad_output", grad_output, input);
-  check_shape("grad_output", grad_output,
-              {geometry.batch, geometry.out_channels, geometry.out_height(), geometry.out_width()});
-  need_bias = need_bias && bias.has_value();
-  const ConnectionTable table = ConnectionTable::dense(geometry.out_channels, geometry.in_channels);
-  geometry.connections = table.view();
-  return with_compute_type(input, [&]<typename T>(T, ScalarType dtype) {
-    const auto& kernel = kernels().conv_act_pool<T>();
-    const std::optional<Tensor> g = as_operand(grad_output, dtype), x = as_operand(input, dtype),
-                                w = as_operand(weight, dtype), b = as_operand(bias, dtype);
-    const auto gradient = [&](bool needed, const Tensor& of) {
-      return needed ? torch::stable::new_empty(of, of.sizes(), dtype) : torch::stable::new_empty(of, {0}, dtype);
-    };
-    const Tensor grad_input = gradient(need_input, *x), grad_weight = gradient(need_weight, *w),
-                 grad_bias = gradient(need_bias, need_bias ? *b : *w);
-    const int64_t weights = grad_weight.numel(), biases = grad_bias.numel(), length = weights + biases;
-    const Ranges ranges(geometry.batch, kernel.lanes, kernel.backward_workspace_bytes(geometry), input);
-    const Tensor sums = torch::stable::new_empty(*x, {ranges.count(), length});
-    T* const rows = mutable_data<T>(sums);
-    ranges.run([&](int64_t range, int64_t begin, int64_t end, void* workspace) {
-      T* const row = rows + range * length;
-      kernel.backward(
-          {geometry, data<T>(g), data<T>(x), data<T>(w), data<T>(b), need_input ? mutable_data<T>(grad_input) : nullptr,
-           need_weight ? row : nullptr, need_bias ? row + weights : nullptr},
-          begin, end, workspace);
-    });
-    sum_rows(mutable_data<T>(grad_weight), rows, ranges.count(), length, weights);
-    sum_rows(mutable_data<T>(grad_bias), rows + weights, ranges.count(), length, biases);
-    const ScalarType stored = input.scalar_type();
-    return std::tuple(as_operand(grad_input, stored), as_operand(grad_weight, stored), as_operand(grad_bias, stored));
-  });
+                                                          int64_t padding, const Name& activation, const Name& pool,
+                                                          bool need_input, bool need_weight, bool need_bias) {
+  return with_geometry({input, weight, bias, {}, {}}, std::nullopt, -1, padding, activation, parse_pool(pool),
+                       [&](const Operands& operands, const ConvGeometry& geometry) {
+                         const auto grads = backward(grad_output, operands, geometry,
+                                                     {need_input, need_weight, need_bias, false, false});
+                         return std::tuple(grads[0], grads[1], grads[2]);
+                       });
+}
+
+Tensor sparse_conv_act_pool(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                            const std::vector<int64_t>& connections, int64_t out_channels, int64_t padding,
+                            const Name& activation, const Name& pool) {
+  return with_geometry({input, weight, bias, {}, {}}, connections, out_channels, padding, activation, parse_pool(pool),
+                       forward);
+}
+
+std::tuple<Tensor, Tensor, Tensor> sparse_conv_act_pool_backward(
+    const Tensor& grad_output, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+    const std::vector<int64_t>& connections, int64_t out_channels, int64_t padding, const Name& activation,
+    const Name& pool, bool need_input, bool need_weight, bool need_bias) {
+  return with_geometry({input, weight, bias, {}, {}}, connections, out_channels, padding, activation, parse_pool(pool),
+                       [&](const Operands& operands, const ConvGeometry& geometry) {
+                         const auto grads = backward(grad_output, operands, geometry,
+                                                     {need_input, need_weight, need_bias, false, false});
+                         return std::tuple(grads[0], grads[1], grads[2]);
+                       });
+}
+
+Tensor conv_subsample(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                      const Tensor& coefficient, const Tensor& pool_bias,
+                      const std::optional<std::vector<int64_t>>& connections, int64_t padding, const Name& activation) {
+  return with_geometry({input, weight, bias, coefficient, pool_bias}, connections, coefficient.numel(), padding,
+                       activation, Pool::subsample, forward);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_subsample_backward(
+    const Tensor& grad_output, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+    const Tensor& coefficient, const Tensor& pool_bias, const std::optional<std::vector<int64_t>>& connections,
+    int64_t padding, const Name& activation, bool need_input, bool need_weight, bool need_bias, bool need_coefficient,
+    bool need_pool_bias) {
+  return with_geometry({input, weight, bias, coefficient, pool_bias}, connections, coefficient.numel(), padding,
+                       activation, Pool::subsample, [&](const Operands& operands, const ConvGeometry& geometry) {
+                         const auto grads =
+                             backward(grad_output, operands, geometry,
+                                      {need_input, need_weight, need_bias, need_coefficient, need_pool_bias});
+                         return std::tuple(grads[0], grads[1], grads[2], grads[3], grads[4]);
+                       });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lenet_fast, CPU, library) {
   library.impl("conv_act_pool", TORCH_BOX(&conv_act_pool));
   library.impl("conv_act_pool_backward", TORCH_BOX(&conv_act_pool_backward));
+  library.impl("sparse_conv_act_pool", TORCH_BOX(&sparse_conv_act_pool));
+  library.impl("sparse_conv_act_pool_backward", TORCH_BOX(&sparse_conv_act_pool_backward));
+  library.impl("conv_subsample", TORCH_BOX(&conv_subsample));
+  library.impl("conv_subsample_backward", TORCH_BOX(&conv_subsample_backward));
 }
 
 }  // namespace

@@ -7,7 +7,8 @@
 
 namespace lenet_fast {
 
-enum class Pool { avg, max, none };  // 2x2, stride 2
+// 2x2, stride 2. subsample is LeCun's S layer: act(coefficient * (sum of the window) + pool_bias), per map.
+enum class Pool { avg, max, none, subsample };
 
 // One output map per row: its connections are row_begin[map] .. row_begin[map + 1], each naming an input map. A dense
 // layer lists them all. The same connections grouped by input map serve the input gradient.

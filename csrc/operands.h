@@ -17,6 +17,29 @@
 
 namespace lenet_fast {
 
+// A string argument of an operator. PyTorch's own conversion to std::string leaks the string (2.10 to 2.13).
+struct Name {
+  std::string value;
+};
+
+}  // namespace lenet_fast
+
+template <>
+struct torch::stable::detail::ToImpl<lenet_fast::Name> {
+  static lenet_fast::Name call(StableIValue value, uint64_t, bool) {
+    StringHandle handle = torch::stable::detail::to<StringHandle>(value);
+    const char* characters = nullptr;
+    size_t length = 0;
+    TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &characters));
+    lenet_fast::Name name{{characters, length}};
+    TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return name;
+  }
+};
+
+namespace lenet_fast {
+
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -71,24 +94,24 @@ inline void check_floating(const Tensor& input) {
   }
 }
 
-inline Activation parse_activation(const std::string& name) {
+inline Activation parse_activation(const Name& activation) {
   constexpr std::array names{"identity", "relu", "sigmoid", "tanh", "scaled_tanh"};  // in the order of the enum
   for (size_t i = 0; i < names.size(); ++i) {
-    if (name == names[i]) {
+    if (activation.value == names[i]) {
       return static_cast<Activation>(i);
     }
   }
-  fail("activation: expected identity, relu, sigmoid, tanh or scaled_tanh, got '", name, "'");
+  fail("activation: expected identity, relu, sigmoid, tanh or scaled_tanh, got '", activation.value, "'");
 }
 
-inline Pool parse_pool(const std::string& name) {
+inline Pool parse_pool(const Name& pool) {
   constexpr std::array names{"avg", "max", "none"};
   for (size_t i = 0; i < names.size(); ++i) {
-    if (name == names[i]) {
+    if (pool.value == names[i]) {
       return static_cast<Pool>(i);
     }
   }
-  fail("pool: expected avg, max or none, got '", name, "'");
+  fail("pool: expected avg, max or none, got '", pool.value, "'");
 }
 
 // Contiguous and of `dtype`; the tensor itself where it already is. The one place where strides are made contiguous.
@@ -110,6 +133,22 @@ class ConnectionTable {
       for (int64_t in = 0; in < in_channels; ++in) {
         table.append(out, in);
       }
+    }
+    table.close();
+    return table;
+  }
+
+  // `indices`: positions of the connections in a row-major (out_channels, in_channels) table, ascending.
+  static ConnectionTable sparse(const std::vector<int64_t>& indices, int64_t out_channels, int64_t in_channels) {
+    ConnectionTable table(out_channels, in_channels);
+    int64_t previous = -1;
+    for (const int64_t index : indices) {
+      if (index <= previous || index >= out_channels * in_channels) {
+        fail("connections: expected ascending positions in a (", out_channels, ", ", in_channels, ") table, got ",
+             index, " after ", previous);
+      }
+      table.append(index / in_channels, index % in_channels);
+      previous = index;
     }
     table.close();
     return table;

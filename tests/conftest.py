@@ -1,3 +1,8 @@
+import os
+
+# Threads that spin at a barrier starve each other when the machine runs anything else. Before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 

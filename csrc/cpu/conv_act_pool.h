@@ -46,7 +46,8 @@ template <typename T>
 struct Planes {
   int64_t rows, columns;                      // of the convolution, rounded up to even
   int64_t input_width, input_size, channels;  // padded input plane
-  int64_t input, output, grads, grad_row, grad_input, weight_sums, bias_sums, positions, end;  // offsets in vectors
+  // Offsets in vectors. The sums of one map: bias, coefficient, subsample_bias.
+  int64_t input, output, grads, grad_row, grad_input, weight_sums, map_sums, positions, end;
 
   Planes(const ConvGeometry& g, bool backward) {
     rows = round_up(g.conv_height(), 2);
@@ -62,7 +63,7 @@ struct Planes {
     grad_row = take(backward ? columns + g.kernel_size : 0);
     grad_input = take(backward ? channels * g.height * g.width : 0);
     weight_sums = take(backward ? g.num_connections() * g.kernel_size * g.kernel_size : 0);
-    bias_sums = take(backward ? g.out_channels : 0);
+    map_sums = take(backward ? 3 * g.out_channels : 0);
     positions = take(round_up(channels * g.height * g.width * 4, sizeof(Vec<T>)) / int64_t{sizeof(Vec<T>)});
     end = next;
   }
@@ -111,6 +112,8 @@ struct BlockContext {
     load_block<T>(workspace + planes.input, g.padding == 0 ? nullptr : positions, images + first * pixels, pixels,
                   count);
   }
+
+  Vec<T>* map_sums(int64_t map) const { return workspace + planes.map_sums + 3 * map; }
 
   const Vec<T>* input_row(int64_t channel, int64_t row) const {
     return workspace + planes.input + channel * planes.input_size + row * planes.input_width;
@@ -175,10 +178,19 @@ LF_INLINE Vec<T> window_max(const Vec<T> (&z)[2][kMaxColumns], int64_t x) {
   return best;
 }
 
+// Per-map constants of an output map's subsampling; unused by the plain pools.
+template <typename T>
+struct Subsample {
+  T coefficient, bias;
+
+  Subsample(const T* coefficients, const T* biases, int64_t map)
+      : coefficient(coefficients != nullptr ? coefficients[map] : T(0)), bias(biases != nullptr ? biases[map] : T(0)) {}
+};
+
 // Activate and pool a tile into the output map (row stride `width`) at convolution coordinates (y, x).
 template <Activation A, Pool P, typename T>
 void finish_tile(const Vec<T> (&z)[2][kMaxColumns], int columns, Vec<T>* map, int64_t height, int64_t width, int64_t y,
-                 int64_t x) {
+                 int64_t x, const Subsample<T>& subsample) {
   if constexpr (P == Pool::none) {
     for (int64_t dy = 0; dy < std::min<int64_t>(2, height - y); ++dy) {
       for (int64_t dx = 0; dx < std::min<int64_t>(columns, width - x); ++dx) {
@@ -191,17 +203,20 @@ void finish_tile(const Vec<T> (&z)[2][kMaxColumns], int columns, Vec<T>* map, in
       if constexpr (P == Pool::max) {
         row[dx / 2] = activate<A, T>(window_max<T>(z, dx));
       } else {
-        row[dx / 2] = T(0.25) * ((activate<A, T>(z[0][dx]) + activate<A, T>(z[0][dx + 1])) +
-                                 (activate<A, T>(z[1][dx]) + activate<A, T>(z[1][dx + 1])));
+        const Vec<T> sum = (activate<A, T>(z[0][dx]) + activate<A, T>(z[0][dx + 1])) +
+                           (activate<A, T>(z[1][dx]) + activate<A, T>(z[1][dx + 1]));
+        row[dx / 2] = P == Pool::avg ? T(0.25) * sum : activate<A, T>(subsample.coefficient * sum + subsample.bias);
       }
     }
   }
 }
 
-// Pre-activation gradients of a tile from the output gradient of its map; lanes outside `valid` give 0.
+// Pre-activation gradients of a tile from the output gradient of its map; lanes outside `valid` give 0. Subsampling
+// adds the gradients of its two parameters to map_sums[1] and map_sums[2].
 template <Activation A, Pool P, typename T>
 void differentiate_tile(const Vec<T> (&z)[2][kMaxColumns], int columns, const Vec<T>* grad_output, int64_t height,
-                        int64_t width, Vec<T>* grads, int64_t grads_width, VecInt<T> valid, int64_t y, int64_t x) {
+                        int64_t width, Vec<T>* grads, int64_t grads_width, VecInt<T> valid, int64_t y, int64_t x,
+                        const Subsample<T>& subsample, Vec<T>* map_sums) {
   const auto masked = [&](Vec<T> grad) { return valid ? grad : Vec<T>{}; };
   Vec<T>* row[2] = {grads + y * grads_width + x, grads + (y + 1) * grads_width + x};
   if constexpr (P == Pool::none) {
@@ -230,8 +245,17 @@ void differentiate_tile(const Vec<T> (&z)[2][kMaxColumns], int columns, const Ve
           row[i / 2][dx + i % 2] = winner == i ? routed : Vec<T>{};
         }
       } else {
+        Vec<T> sum_grad = T(0.25) * grad;
+        if constexpr (P == Pool::subsample) {
+          const Vec<T> sum = (activate<A, T>(z[0][dx]) + activate<A, T>(z[0][dx + 1])) +
+                             (activate<A, T>(z[1][dx]) + activate<A, T>(z[1][dx + 1]));
+          const Vec<T> outer = activation_derivative<A, T>(subsample.coefficient * sum + subsample.bias) * grad;
+          map_sums[1] += masked(outer * sum);
+          map_sums[2] += masked(outer);
+          sum_grad = subsample.coefficient * outer;
+        }
         for (int i = 0; i < 4; ++i) {
-          row[i / 2][dx + i % 2] = masked(activation_derivative<A, T>(z[i / 2][dx + i % 2]) * (T(0.25) * grad));
+          row[i / 2][dx + i % 2] = masked(activation_derivative<A, T>(z[i / 2][dx + i % 2]) * sum_grad);
         }
       }
     }
@@ -249,6 +273,8 @@ void with_activation_and_pool(Activation activation, Pool pool, F&& f) {
         return f.template operator()<A, Pool::max>();
       case Pool::none:
         return f.template operator()<A, Pool::none>();
+      case Pool::subsample:
+        return f.template operator()<A, Pool::subsample>();
     }
   };
   switch (activation) {
@@ -303,8 +329,9 @@ void conv_act_pool_forward(const ConvActPoolForward<T>& p, int64_t begin, int64_
     with_kernel_size(g.kernel_size, [&](auto K) {
       with_activation_and_pool(g.activation, g.pool, [&]<Activation A, Pool P>() {
         for (int64_t map = 0; map < g.out_channels; ++map) {
+          const Subsample<T> subsample(p.coefficient, p.subsample_bias, map);
           for_each_conv_tile<K, T>(block, map, [&](const auto& z, int columns, int64_t y, int64_t x) {
-            finish_tile<A, P, T>(z, columns, output + map * height * width, height, width, y, x);
+            finish_tile<A, P, T>(z, columns, output + map * height * width, height, width, y, x, subsample);
           });
         }
       });
@@ -392,7 +419,7 @@ void bias_gradient(const BlockContext<T>& block, int64_t map) {
   for (int64_t i = 0; i < size; i += 4) {
     unroll<4>([&](auto j) __attribute__((always_inline)) { sum[j] += grads[i + j]; });
   }
-  block.workspace[block.planes.bias_sums + map] += (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  block.map_sums(map)[0] += (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 // Scatter the gradients of Columns neighbouring outputs into one row of the padded input's gradient, over all output
@@ -457,12 +484,12 @@ void input_gradient(const BlockContext<T>& block) {
   }
 }
 
-// Add up the lanes of each vector, pairwise.
+// totals[i] = sum of the lanes of sums[i * stride], pairwise; nothing where totals is null.
 template <typename T>
-void sum_lanes(T* totals, const Vec<T>* sums, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
+void sum_lanes(T* totals, const Vec<T>* sums, int64_t count, int64_t stride = 1) {
+  for (int64_t i = 0; totals != nullptr && i < count; ++i) {
     T lanes[kLanes<T>];
-    store(lanes, sums[i]);
+    store(lanes, sums[i * stride]);
     for (int width = kLanes<T> / 2; width > 0; width /= 2) {
       for (int lane = 0; lane < width; ++lane) {
         lanes[lane] += lanes[lane + width];
@@ -492,15 +519,16 @@ void conv_act_pool_backward(const ConvActPoolBackward<T>& p, int64_t begin, int6
     with_kernel_size(g.kernel_size, [&](auto K) {
       with_activation_and_pool(g.activation, g.pool, [&]<Activation A, Pool P>() {
         for (int64_t map = 0; map < g.out_channels; ++map) {
+          const Subsample<T> subsample(p.coefficient, p.subsample_bias, map);
           for_each_conv_tile<K, T>(block, map, [&](const auto& z, int columns, int64_t y, int64_t x) {
             differentiate_tile<A, P, T>(z, columns, grad_output + map * height * width, height, width,
                                         block.workspace + planes.grads + map * planes.rows * planes.columns,
-                                        planes.columns, valid, y, x);
+                                        planes.columns, valid, y, x, subsample, block.map_sums(map));
           });
-          if (p.weight_sums != nullptr) {
+          if (p.sums.weight != nullptr) {
             weight_gradient<K, T>(block, map);
           }
-          if (p.bias_sums != nullptr) {
+          if (p.sums.bias != nullptr) {
             bias_gradient<T>(block, map);
           }
         }
@@ -511,13 +539,11 @@ void conv_act_pool_backward(const ConvActPoolBackward<T>& p, int64_t begin, int6
       }
     });
   }
-  if (p.weight_sums != nullptr) {
-    sum_lanes<T>(p.weight_sums, block.workspace + planes.weight_sums,
-                 g.num_connections() * g.kernel_size * g.kernel_size);
-  }
-  if (p.bias_sums != nullptr) {
-    sum_lanes<T>(p.bias_sums, block.workspace + planes.bias_sums, g.out_channels);
-  }
+  const Vec<T>* weight_sums = block.workspace + planes.weight_sums;
+  sum_lanes<T>(p.sums.weight, weight_sums, g.num_connections() * g.kernel_size * g.kernel_size);
+  sum_lanes<T>(p.sums.bias, block.map_sums(0), g.out_channels, 3);
+  sum_lanes<T>(p.sums.coefficient, block.map_sums(0) + 1, g.out_channels, 3);
+  sum_lanes<T>(p.sums.subsample_bias, block.map_sums(0) + 2, g.out_channels, 3);
 }
 
 template <typename T>

@@ -10,16 +10,23 @@ namespace lenet_fast::cpu {
 template <typename T>
 struct ConvActPoolForward {
   ConvGeometry geometry;
-  const T *input, *weight, *bias;  // bias may be null
+  const T *input, *weight, *bias;         // bias may be null
+  const T *coefficient, *subsample_bias;  // (out_channels) for Pool::subsample
   T* output;
+};
+
+// Where this range of images puts its sums; null: not wanted.
+template <typename T>
+struct ParameterSums {
+  T *weight, *bias, *coefficient, *subsample_bias;
 };
 
 template <typename T>
 struct ConvActPoolBackward {
   ConvGeometry geometry;
-  const T *grad_output, *input, *weight, *bias;
-  T* grad_input;               // null: not wanted
-  T *weight_sums, *bias_sums;  // this range's sums over its images; null: not wanted
+  const T *grad_output, *input, *weight, *bias, *coefficient, *subsample_bias;
+  T* grad_input;  // null: not wanted
+  ParameterSums<T> sums;
 };
 
 // Work on images [begin, end) in blocks of `lanes` images; begin is a multiple of `lanes`. The workspace is
