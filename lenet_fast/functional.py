@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends, ops, reference
+from .tables import Connections
 
 
 def conv_act_pool(
@@ -46,11 +47,9 @@ def conv_act_pool(
     _check_tensors(input=input, weight=weight, bias=bias)
     check_choice("activation", activation, reference.ACTIVATIONS)
     check_choice("pool", pool, reference.POOLS)
-    if weight.dim() != 4 or weight.shape[2] != weight.shape[3] or 0 in weight.shape:
-        raise ValueError(f"weight: expected (C_out, C_in, K, K) with a square kernel, got shape {_shape(weight)}")
-    _check_bias(bias, weight.shape[0])
-    batched = _batched(input, weight.shape[1])
-    batched, padding = _resolve_padding(batched, padding, weight.shape[-1], pool)
+    out_channels, in_channels = _check_weight(weight, None)
+    _check_maps("bias", bias, out_channels)
+    batched, padding = _prepare_input(input, in_channels, padding, weight.shape[-1], pool)
     backend = _resolve_backend(backend, input)
     if backend == "auto" and pool == "none" and padding == 0 and batched.shape[2:] == weight.shape[2:]:
         # One window covers the input (LeNet-5's C5): a matrix product, several times faster (docs/kernels.md).
@@ -60,6 +59,141 @@ def conv_act_pool(
         run = reference.conv_act_pool if backend == "reference" else ops.conv_act_pool
         output = run(batched, weight, bias, padding, activation, pool)
     return output if input.dim() == 4 else output.squeeze(0)
+
+
+def sparse_conv_act_pool(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    table: Tensor | Connections,
+    padding: int | str = 0,
+    activation: str = "tanh",
+    pool: str = "avg",
+    backend: str = "auto",
+) -> Tensor:
+    """`conv_act_pool` with only the connections of `table`, as C3 of LeCun et al. (1998), section II.B.
+
+    Absent connections cost neither memory nor arithmetic. An output map without any connection is act(bias).
+
+    Args:
+        input: (N, C_in, H, W) or (C_in, H, W).
+        weight: (connections, K, K), the connections of output map 0 first, input maps ascending.
+        bias: (C_out,) or None.
+        table: bool (C_out, C_in), or `tables.Connections` (made once instead of at every call).
+        padding: as in `conv_act_pool`; so are activation, pool and backend.
+
+    Returns:
+        (N, C_out, H_out, W_out) or (C_out, H_out, W_out), in the dtype of `input`; under autocast in its dtype.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `conv_act_pool`.
+    """
+    connections = Connections.of(table)
+    _check_tensors(input=input, weight=weight, bias=bias)
+    check_choice("activation", activation, reference.ACTIVATIONS)
+    check_choice("pool", pool, reference.POOLS)
+    _check_weight(weight, connections)
+    _check_maps("bias", bias, connections.out_channels)
+    batched, padding = _prepare_input(input, connections.in_channels, padding, weight.shape[-1], pool)
+    backend = _resolve_backend(backend, input)
+    run = reference.sparse_conv_act_pool if backend == "reference" else ops.sparse_conv_act_pool
+    output = run(batched, weight, bias, connections.indices, connections.out_channels, padding, activation, pool)
+    return output if input.dim() == 4 else output.squeeze(0)
+
+
+def conv_subsample(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coefficient: Tensor,
+    pool_bias: Tensor,
+    *,
+    table: Tensor | Connections | None = None,
+    padding: int | str = 0,
+    activation: str = "scaled_tanh",
+    backend: str = "auto",
+) -> Tensor:
+    """A convolution and a trainable subsampling layer in one: a C+S pair of LeCun et al. (1998), section II.B.
+
+    ``act(coefficient[c] * (sum over the 2x2 window of act(conv2d(input, weight, bias))) + pool_bias[c])``.
+
+    Args:
+        input: (N, C_in, H, W) or (C_in, H, W).
+        weight: (C_out, C_in, K, K), or with a table (connections, K, K) as in `sparse_conv_act_pool`.
+        bias: (C_out,) or None.
+        coefficient: (C_out,), the trainable factor of the sum.
+        pool_bias: (C_out,), the trainable bias of the subsampling.
+        table: bool (C_out, C_in), `tables.Connections`, or None for all connections.
+        padding: as in `conv_act_pool`; so are activation and backend.
+
+    Returns:
+        (N, C_out, H_out, W_out) or (C_out, H_out, W_out), in the dtype of `input`; under autocast in its dtype.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `conv_act_pool`.
+    """
+    connections = None if table is None else Connections.of(table)
+    _check_tensors(input=input, weight=weight, bias=bias, coefficient=coefficient, pool_bias=pool_bias)
+    check_choice("activation", activation, reference.ACTIVATIONS)
+    out_channels, in_channels = _check_weight(weight, connections)
+    for name, tensor in (("bias", bias), ("coefficient", coefficient), ("pool_bias", pool_bias)):
+        _check_maps(name, tensor, out_channels)
+    batched, padding = _prepare_input(input, in_channels, padding, weight.shape[-1], "avg")
+    run = reference.conv_subsample if _resolve_backend(backend, input) == "reference" else ops.conv_subsample
+    indices = None if connections is None else connections.indices
+    output = run(batched, weight, bias, coefficient, pool_bias, indices, padding, activation)
+    return output if input.dim() == 4 else output.squeeze(0)
+
+
+def rbf(input: Tensor, codes: Tensor) -> Tensor:
+    """Squared Euclidean distances: LeCun et al. (1998), equation (7), the output layer of LeNet-5.
+
+    Args:
+        input: (N, D), floating.
+        codes: (C, D), the code of each class; dtype and device of `input`.
+
+    Returns:
+        (N, C), in the dtype of `input`.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        TypeError: a dtype that is not floating, or not the same.
+    """
+    _check_tensors(input=input, codes=codes)
+    if input.dim() != 2 or codes.dim() != 2 or input.shape[1] != codes.shape[1]:
+        raise ValueError(f"codes: expected (C, D) for an input (N, D), got {_shape(codes)} for {_shape(input)}")
+    return (input.unsqueeze(1) - codes).square().sum(-1)  # expanding the square would cancel
+
+
+def map_loss(distances: Tensor, target: Tensor, *, j: float) -> Tensor:
+    """LeCun's discriminative criterion ("MAP"): LeCun et al. (1998), equation (9), mean over the batch.
+
+    ``mean(y_D + log(exp(-j) + sum_i exp(-y_i)))`` with y the distances and D the target: pulls the right class near
+    and pushes the wrong ones away, with exp(-j) standing for a rubbish class. No distance overflows.
+
+    Args:
+        distances: (N, C), floating; e.g. from `rbf`.
+        target: (N,), the classes as integers in [0, C).
+        j: positive or 0; the smaller, the less wrong classes matter once they are far.
+
+    Returns:
+        A scalar of the dtype of `distances`.
+
+    Raises:
+        ValueError: shapes that do not fit, a negative or non-finite j.
+        TypeError: dtypes other than floating and integer.
+    """
+    _check_tensors(input=distances)
+    if distances.dim() != 2 or _shape(target) != _shape(distances)[:1]:
+        raise ValueError(f"target: expected (N,) for distances (N, C), got {_shape(target)} for {_shape(distances)}")
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise TypeError(f"target: expected an integer dtype, got {target.dtype}")
+    if not (isinstance(j, int | float) and 0 <= j < float("inf")):
+        raise ValueError(f"j: expected a finite number of at least 0, got {j!r}")
+    rubbish = torch.full_like(distances[:, :1], -j)
+    penalty = torch.logsumexp(torch.cat([-distances, rubbish], dim=1), dim=1)
+    return (distances.gather(1, target.long().unsqueeze(1)).squeeze(1) + penalty).mean()
 
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -94,19 +228,37 @@ def _check_tensors(*, input: Tensor, **others: Tensor | None) -> None:
             raise TypeError(f"{name}: expected the dtype of input, {input.dtype}, got {tensor.dtype}")
 
 
-def _check_bias(bias: Tensor | None, out_channels: int) -> None:
-    if bias is not None and _shape(bias) != (out_channels,):
-        raise ValueError(f"bias: expected shape ({out_channels},), one value an output channel, got {_shape(bias)}")
+def _check_weight(weight: Tensor, connections: Connections | None) -> tuple[int, int]:
+    """Output and input channels of the weight, dense or packed."""
+    shape = _shape(weight)
+    if connections is None:
+        if len(shape) != 4 or shape[2] != shape[3] or 0 in shape:
+            raise ValueError(f"weight: expected (C_out, C_in, K, K) with a square kernel, got shape {shape}")
+        return shape[0], shape[1]
+    if len(shape) != 3 or shape[0] != len(connections) or shape[1] != shape[2] or shape[2] == 0:
+        raise ValueError(
+            f"weight: expected ({len(connections)}, K, K), a square kernel for each connection of table, got {shape}"
+        )
+    return connections.out_channels, connections.in_channels
 
 
-def _batched(input: Tensor, in_channels: int) -> Tensor:
+def _check_maps(name: str, tensor: Tensor | None, out_channels: int) -> None:
+    if tensor is not None and _shape(tensor) != (out_channels,):
+        raise ValueError(f"{name}: expected shape ({out_channels},), one value an output map, got {_shape(tensor)}")
+
+
+def _prepare_input(
+    input: Tensor, in_channels: int, padding: int | str, kernel_size: int, pool: str
+) -> tuple[Tensor, int]:
+    """The input with a batch dimension, and the padding as an int."""
     if input.dim() not in (3, 4):
         raise ValueError(f"input: expected (N, C, H, W) or (C, H, W), got {input.dim()} dimensions: {_shape(input)}")
     if input.shape[-3] != in_channels:
         raise ValueError(
             f"input: expected {in_channels} channels as weight has, got {input.shape[-3]} in shape {_shape(input)}"
         )
-    return input if input.dim() == 4 else input.unsqueeze(0)
+    batched = input if input.dim() == 4 else input.unsqueeze(0)
+    return _resolve_padding(batched, padding, kernel_size, pool)
 
 
 def _resolve_padding(input: Tensor, padding: int | str, kernel_size: int, pool: str) -> tuple[Tensor, int]:

@@ -259,11 +259,51 @@ def _fake_conv_act_pool(
     return input.new_empty((input.shape[0], weight.shape[0], height, width))
 
 
+def _fake_sparse_conv_act_pool(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    connections: Sequence[int],
+    out_channels: int,
+    padding: int,
+    activation: str,
+    pool: str,
+) -> Tensor:
+    height, width = (output_size(size, weight.shape[-1], padding, pool) for size in input.shape[-2:])
+    return input.new_empty((input.shape[0], out_channels, height, width))
+
+
+def _fake_conv_subsample(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    coefficient: Tensor,
+    pool_bias: Tensor,
+    connections: Sequence[int] | None,
+    padding: int,
+    activation: str,
+) -> Tensor:
+    height, width = (output_size(size, weight.shape[-1], padding, "avg") for size in input.shape[-2:])
+    return input.new_empty((input.shape[0], coefficient.shape[0], height, width))
+
+
 conv_act_pool = DifferentiableOperator(
     "conv_act_pool",
     ("input", "weight", "bias?"),
     "int padding, str activation, str pool",
     _fake_conv_act_pool,
+)
+sparse_conv_act_pool = DifferentiableOperator(
+    "sparse_conv_act_pool",
+    ("input", "weight", "bias?"),
+    "int[] connections, int out_channels, int padding, str activation, str pool",
+    _fake_sparse_conv_act_pool,
+)
+conv_subsample = DifferentiableOperator(
+    "conv_subsample",
+    ("input", "weight", "bias?", "coefficient", "pool_bias"),
+    "int[]? connections, int padding, str activation",
+    _fake_conv_subsample,
 )
 
 backends.missing_native()  # registers the compiled kernels on the operators declared above
