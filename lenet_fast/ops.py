@@ -134,7 +134,7 @@ class DifferentiableOperator:
 
             @staticmethod
             def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple:
-                if any(dim is not None for dim in in_dims[1:]):
+                if _batched(args[1:], in_dims[1:]):
                     return _vmap_by_loop(Forward, info, in_dims, args)
                 batched = args[0].movedim(in_dims[0], 0)
                 output = Forward.apply(batched.flatten(0, 1), *args[1:])
@@ -218,12 +218,24 @@ class DifferentiableOperator:
         return cast_and_call
 
 
+def _batched(args: tuple, in_dims: tuple) -> list[int]:
+    """Which arguments vmap maps over; an option's dimension is None, or a structure of None."""
+    return [
+        i for i, (arg, dim) in enumerate(zip(args, in_dims, strict=True)) if isinstance(arg, Tensor) and dim is not None
+    ]
+
+
 def _vmap_by_loop(function: type[_Function], info: Any, in_dims: tuple, args: tuple) -> tuple:
     """One call a slice: the rule for whatever cannot be folded into the batch."""
-    slices = [
-        function.apply(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)))
-        for i in range(info.batch_size)
-    ]
+    batched = _batched(args, in_dims)
+
+    def one_slice(index: int) -> Any:
+        values = list(args)
+        for i in batched:
+            values[i] = args[i].select(in_dims[i], index)
+        return function.apply(*values)
+
+    slices = [one_slice(index) for index in range(info.batch_size)]
     if isinstance(slices[0], Tensor):
         return torch.stack(slices), 0
     return tuple(map(torch.stack, zip(*slices, strict=True))), (0,) * len(slices[0])

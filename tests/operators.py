@@ -1,11 +1,15 @@
-"""Cases for the operator tests: one description of a call, run through any back end and through the reference."""
+"""Cases for the operator tests: one description of a call, run through any back end and through the reference.
 
-from dataclasses import dataclass
+Every test that takes a case runs on dense, sparse and subsampling convolutions alike.
+"""
+
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from lenet_fast import backends, functional, reference
+from lenet_fast.tables import LENET5_C3, Connections
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 POOLS = tuple(reference.POOLS)
@@ -26,7 +30,7 @@ def implementations() -> list:
 
 @dataclass(frozen=True)
 class Case:
-    """Shapes of one fused convolution."""
+    """Shapes of one fused convolution: dense, sparse (with a table) or followed by trainable subsampling."""
 
     batch: int
     in_channels: int
@@ -36,12 +40,22 @@ class Case:
     kernel_size: int
     padding: int | str = 0
     bias: bool = True
+    table: Connections | None = None
+    subsample: bool = False
 
     def __str__(self) -> str:
         return (
             f"n{self.batch}-{self.in_channels}x{self.height}x{self.width}-{self.out_channels}"
             f"k{self.kernel_size}p{self.padding}{'' if self.bias else '-nobias'}"
+            f"{f'-sparse{len(self.table)}' if self.table else ''}{'-subsample' if self.subsample else ''}"
         )
+
+    @property
+    def pools(self) -> tuple[str, ...]:
+        return ("subsample",) if self.subsample else POOLS
+
+    def dense(self) -> "Case":
+        return replace(self, table=None)
 
     def tensors(self, dtype=torch.float64, device="cpu", seed=0) -> tuple:
         """Input, weight and bias (or None); values for which no activation saturates everywhere."""
@@ -52,14 +66,30 @@ class Case:
             return value.to(dtype).to(device)
 
         input = draw(self.batch, self.in_channels, self.height, self.width)
-        fan_in = self.in_channels * self.kernel_size**2
-        weight = draw(self.out_channels, self.in_channels, self.kernel_size, self.kernel_size, scale=fan_in**-0.5)
-        return input, weight, draw(self.out_channels) if self.bias else None
+        sides = (self.kernel_size, self.kernel_size)
+        maps = (self.out_channels, self.in_channels) if self.table is None else (len(self.table),)
+        weight = draw(*maps, *sides, scale=(self.in_channels * self.kernel_size**2) ** -0.5)
+        bias = draw(self.out_channels) if self.bias else None
+        subsampling = (draw(self.out_channels), draw(self.out_channels)) if self.subsample else ()
+        return input, weight, bias, *subsampling
 
     def run(self, tensors, activation="sigmoid", pool="avg", backend="auto"):
-        return functional.conv_act_pool(
-            *tensors, padding=self.padding, activation=activation, pool=pool, backend=backend
-        )
+        options = {"padding": self.padding, "activation": activation, "backend": backend}
+        if self.subsample:
+            return functional.conv_subsample(*tensors, table=self.table, **options)
+        if self.table is not None:
+            return functional.sparse_conv_act_pool(*tensors, table=self.table, pool=pool, **options)
+        return functional.conv_act_pool(*tensors, pool=pool, **options)
+
+    def raw(self, tensors, activation="sigmoid", pool="avg"):
+        """Through torch.ops; padding must be an int."""
+        indices = None if self.table is None else self.table.indices
+        if self.subsample:
+            return torch.ops.lenet_fast.conv_subsample(*tensors, indices, self.padding, activation)
+        if self.table is not None:
+            options = (indices, self.out_channels, self.padding, activation, pool)
+            return torch.ops.lenet_fast.sparse_conv_act_pool(*tensors, *options)
+        return torch.ops.lenet_fast.conv_act_pool(*tensors, self.padding, activation, pool)
 
     def gradients(self, tensors, activation="sigmoid", pool="avg", backend="auto", seed=1):
         """Output, and the gradients of a fixed random weighting of it."""
@@ -72,19 +102,38 @@ class Case:
         return output.detach(), torch.autograd.grad(output, present, grad_output)
 
 
+def random_table(out_channels, in_channels, seed=0) -> Connections:
+    """About half of the connections; output map 1 has none."""
+    table = torch.rand(out_channels, in_channels, generator=torch.Generator().manual_seed(seed)) < 0.5
+    table[1] = False
+    table[0, 0] = True
+    return Connections.of(table)
+
+
 LENET_C1 = Case(20, 1, 28, 28, 6, 5, 2)
 LENET_C3 = Case(18, 6, 14, 14, 16, 5)
+SPARSE_C3 = replace(LENET_C3, table=Connections.of(LENET5_C3))
+LENET_1998_C3 = replace(SPARSE_C3, subsample=True)
+ODD = Case(16, 2, 9, 11, 3, 3, 1)  # odd sides: pooling drops a row and a column
 CASES = [
     LENET_C1,
     LENET_C3,
-    Case(16, 2, 9, 11, 3, 3, 1),  # odd sides: pooling drops a row and a column
+    SPARSE_C3,
+    LENET_1998_C3,
+    ODD,
+    replace(ODD, table=random_table(3, 2)),
+    replace(ODD, subsample=True),
     Case(17, 1, 12, 15, 2, 7, 3, bias=False),
     Case(3, 2, 13, 10, 3, 11, 5),
+    Case(3, 4, 13, 10, 5, 6, 3, table=random_table(5, 4), bias=False),
     Case(33, 4, 6, 7, 5, 1),
-    Case(2, 3, 7, 8, 4, 2),
+    Case(2, 3, 7, 8, 4, 2, subsample=True, bias=False),
     Case(2, 3, 7, 8, 4, 4, "same"),  # padded on one side more
     Case(1, 1, 6, 6, 1, 5),
+    Case(1, 2, 6, 6, 2, 3, table=Connections(2, 2, ())),  # no connection at all: act(bias)
     Case(5, 3, 8, 30, 2, 5, 6),  # padding larger than the kernel
     Case(0, 2, 8, 8, 3, 3),
+    Case(0, 2, 8, 8, 3, 3, table=random_table(3, 2), subsample=True),
 ]
 SMALL = Case(2, 2, 7, 6, 3, 3, 1)
+SMALL_CASES = [SMALL, replace(SMALL, table=random_table(3, 2)), replace(SMALL, subsample=True)]

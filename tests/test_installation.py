@@ -24,7 +24,7 @@ def run_python(*arguments, cwd=TESTS.parent, **environment):
 @pytest.mark.parametrize("isa", build_info.supported_isas()[1:])
 def test_operators_on_every_instruction_set(isa):
     """The default variant is what all other tests run."""
-    tests = ["test_conv_act_pool.py"]
+    tests = ["test_operators.py"]
     done = run_python(
         *("-m", "pytest", "-x", "-k", "cpu-native", *(str(TESTS / test) for test in tests)), LENET_FAST_CPU_ISA=isa
     )

@@ -1,15 +1,32 @@
-"""conv_act_pool against the plain PyTorch definition: values, gradients, layouts, dtypes, determinism."""
+"""The operators against their plain PyTorch definitions: values, gradients, layouts, dtypes, determinism."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from operators import ACTIVATIONS, CASES, LENET_C1, LENET_C3, POOLS, SMALL, Case, implementations
+from operators import (
+    ACTIVATIONS,
+    CASES,
+    LENET_1998_C3,
+    LENET_C1,
+    LENET_C3,
+    ODD,
+    POOLS,
+    SMALL,
+    SPARSE_C3,
+    Case,
+    implementations,
+)
 
 from lenet_fast import functional
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 implementation = pytest.mark.parametrize("implementation", implementations())
+every_case = pytest.mark.parametrize(
+    ("case", "pool"), [pytest.param(case, pool, id=f"{case}-{pool}") for case in CASES for pool in case.pools]
+)
 
 
 def error(actual, expected):
@@ -38,8 +55,7 @@ def assert_as_accurate_as_pytorch(case, dtype, device, backend, activation, pool
 
 
 @implementation
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("pool", POOLS)
+@every_case
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_float64(case, activation, pool, implementation):
     device, backend = implementation
@@ -51,7 +67,7 @@ def test_float64(case, activation, pool, implementation):
 
 
 @implementation
-@pytest.mark.parametrize("case", [LENET_C1, LENET_C3, CASES[2], CASES[3], CASES[4]], ids=str)
+@pytest.mark.parametrize("case", [LENET_C1, LENET_C3, SPARSE_C3, LENET_1998_C3, ODD, CASES[7], CASES[8]], ids=str)
 @pytest.mark.parametrize(("activation", "pool"), [("sigmoid", "avg"), ("relu", "max"), ("scaled_tanh", "none")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_shorter_dtypes(case, activation, pool, dtype, implementation):
@@ -76,11 +92,12 @@ def offset(tensor):
 
 @implementation
 @pytest.mark.parametrize("layout", [channels_last, strided, transposed, offset])
-def test_strides(layout, implementation):
+@pytest.mark.parametrize("case", [LENET_C3, SPARSE_C3, LENET_1998_C3], ids=str)
+def test_strides(case, layout, implementation):
     device, backend = implementation
-    tensors = tuple(layout(t).to(device) for t in LENET_C3.tensors())
-    expected, expected_grads = LENET_C3.gradients(LENET_C3.tensors(), backend="reference")
-    output, grads = LENET_C3.gradients(tensors, backend=backend)
+    tensors = tuple(layout(t).to(device) for t in case.tensors())
+    expected, expected_grads = case.gradients(case.tensors(), backend="reference")
+    output, grads = case.gradients(tensors, backend=backend)
     assert error(output.cpu(), expected) < 1e-13
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         assert error(grad.cpu(), expected_grad) < 1e-12
@@ -178,17 +195,18 @@ def test_activations_over_the_whole_range(activation, dtype, implementation):
 
 
 @implementation
-def test_bit_equal_on_every_run(implementation):
+@pytest.mark.parametrize("case", [LENET_C3, LENET_1998_C3], ids=str)
+def test_bit_equal_on_every_run(case, implementation):
     device, backend = implementation
-    tensors = tuple(t.to(device) for t in Case(100, 6, 14, 14, 16, 5).tensors(torch.float32))
-    first, *others = (LENET_C3.gradients(tensors, backend=backend) for _ in range(3))
+    tensors = tuple(t.to(device) for t in replace(case, batch=100).tensors(torch.float32))
+    first, *others = (case.gradients(tensors, backend=backend) for _ in range(3))
     for other in others:
         assert torch.equal(first[0], other[0])
         assert all(torch.equal(a, b) for a, b in zip(first[1], other[1], strict=True))
 
 
 def test_within_rounding_across_thread_counts():
-    tensors = Case(100, 6, 14, 14, 16, 5).tensors()
+    tensors = replace(LENET_C3, batch=100).tensors()
     threads = torch.get_num_threads()
     results = []
     try:
