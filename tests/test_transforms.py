@@ -153,6 +153,8 @@ def test_opcheck(case, pool, bias):
     backward = getattr(torch.ops.lenet_fast, f"{operator}_backward").default
     torch.library.opcheck(forward, arguments)
     grad_output = torch.ones_like(forward(*arguments)).detach()
+    if torch.__version__ < (2, 12):  # its own convolution cannot be differentiated twice with symbolic shapes
+        arguments = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
     for needs in ((True,) * (3 + len(rest)), (False, True, False, *(False for _ in rest))):
         torch.library.opcheck(backward, (grad_output, *arguments, *needs))
 
