@@ -125,8 +125,14 @@ class Ranges {
         lanes_(lanes),
         blocks_((batch + lanes - 1) / lanes),
         count_(std::min<int64_t>(blocks_, torch::stable::get_num_threads())),
-        stride_((workspace_bytes + 63) / 64 * 64),
-        memory_(torch::stable::new_empty(like, {count_ * static_cast<int64_t>(stride_)}, ScalarType::Byte)) {}
+        stride_(static_cast<int64_t>((workspace_bytes + 63) / 64 * 64)) {
+    constexpr int64_t limit = int64_t{4} << 30;  // rather an error than a machine out of memory
+    if (count_ * stride_ > limit) {
+      fail("input: shape ", shape(like), " needs ", (count_ * stride_) >> 20,
+           " MiB of workspace, more than the 4096 that the CPU kernels take; use backend='reference'");
+    }
+    memory_ = torch::stable::new_empty(like, {count_ * stride_}, ScalarType::Byte);
+  }
 
   int64_t count() const { return count_; }
 
@@ -137,14 +143,13 @@ class Ranges {
     torch::stable::parallel_for(0, count_, 1, [&](int64_t first, int64_t last) {
       for (int64_t range = first; range < last; ++range) {
         f(range, lanes_ * (blocks_ * range / count_), std::min(batch_, lanes_ * (blocks_ * (range + 1) / count_)),
-          memory + static_cast<int64_t>(stride_) * range);
+          memory + stride_ * range);
       }
     });
   }
 
  private:
-  int64_t batch_, lanes_, blocks_, count_;
-  size_t stride_;
+  int64_t batch_, lanes_, blocks_, count_, stride_;
   Tensor memory_;
 };
 

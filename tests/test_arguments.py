@@ -71,6 +71,12 @@ def test_raw_operators_refuse(arguments):
         torch.ops.lenet_fast.conv_act_pool_backward(torch.zeros(2, 4, 3, 3), *arguments, True, True, True)
 
 
+def test_an_image_too_large_for_the_workspace_is_refused():
+    image = torch.zeros(1).expand(1, 3, 6000, 6000)
+    with pytest.raises(RuntimeError, match=r"input: shape \(1, 3, 6000, 6000\) .*backend='reference'"):
+        functional.conv_act_pool(image, W, backend="native")
+
+
 @pytest.mark.parametrize("shape", [(2, 4, 3, 2), (1, 4, 3, 3), (2, 4, 9)])
 def test_raw_backward_refuses_a_wrong_gradient(shape):
     with pytest.raises(RuntimeError, match="grad_output"):
