@@ -1,6 +1,6 @@
 """Fused convolution + activation + pooling and LeCun's sparse C3 layer as PyTorch operators, layers and models."""
 
-from . import functional, nn
+from . import functional, models, nn, tables
 from ._version import __version__
 
-__all__ = ["__version__", "functional", "nn"]
+__all__ = ["__version__", "functional", "models", "nn", "tables"]

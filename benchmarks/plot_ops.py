@@ -1,0 +1,68 @@
+"""Draws the rows that bench_ops.py wrote: a panel for each pass, a bar for each contestant."""
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import rows
+import typer
+
+_SAME_IN_ALL = ("batch", "dtype", "threads", "cpu", "isa", "torch", "date", "commit", "sgemm_peak_gflops")
+
+
+def draw(table: list[dict[str, str]], path: Path) -> None:
+    """Bars of GFLOP/s, each with how many times longer than the fused operator it took.
+
+    Raises:
+        ValueError: the rows are of several runs.
+        ImportError: matplotlib is not installed.
+    """
+    for column in _SAME_IN_ALL:
+        if len(values := {row[column] for row in table}) != 1:
+            raise ValueError(f"expected rows of one run, but {column} differs: {', '.join(sorted(values))}")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("matplotlib is not installed; `pip install matplotlib` draws it") from error
+
+    passes, contestants = (list(dict.fromkeys(row[column] for row in table)) for column in ("pass", "contestant"))
+    figure = Figure(figsize=(11, 4 * len(passes)), layout="constrained")  # not pyplot: no window, no global state
+    first = table[0]
+    peak = float(first["sgemm_peak_gflops"])
+    figure.suptitle(
+        f"{first['cpu']}, {first['isa']}, {first['threads']} threads, batch {first['batch']}, {first['dtype']}, "
+        f"PyTorch {first['torch']}, {first['date']}"
+    )
+    for axes, one_pass in zip(np.ravel(figure.subplots(len(passes), 1)), passes, strict=True):
+        shown = [row for row in table if row["pass"] == one_pass]
+        layers = list(dict.fromkeys(map(_layer, shown)))
+        width = 0.8 / len(contestants)
+        for index, contestant in enumerate(contestants):
+            bars = [row for row in shown if row["contestant"] == contestant]
+            places = [layers.index(_layer(row)) + index * width for row in bars]
+            drawn = axes.bar(places, [float(row["gflops"]) for row in bars], width, label=contestant)
+            axes.bar_label(drawn, [f"{float(row['ratio']):.1f}" for row in bars], fontsize=8)
+        axes.axhline(peak, color="gray", linestyle="--", label="fastest matrix product")
+        axes.set_xticks(np.arange(len(layers)) + 0.4 - width / 2, layers)
+        axes.set(ylabel="GFLOP/s", title=f"{one_pass} (on the bars: time / fused)")
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def _layer(row: dict[str, str]) -> str:
+    return f"{row['layer']} {row['activation']}+{row['pool']}"
+
+
+def main(
+    csv: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="What bench_ops.py --csv wrote.")],
+    picture: Annotated[Path, typer.Argument(dir_okay=False, help="PNG, PDF or SVG.")],
+) -> None:
+    """Draw the bars of an operator benchmark."""
+    try:
+        draw(rows.read(csv), picture)
+    except (ValueError, ImportError) as error:
+        raise SystemExit(f"plot_ops: {error}") from None
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,256 @@
+"""The command line: what it prints, its exit codes, and interruptions of the real process."""
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import lenet_fast
+from lenet_fast import cli, data, train
+
+LAST_LINE = r"loss \d\.\d{3}, train acc [01]\.\d{3}, test acc [01]\.\d{3}, [\d,]+\.\d examples/s on cpu"
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": str(Path(lenet_fast.__file__).parents[1]),  # whether installed or not
+    "OMP_NUM_THREADS": "1",
+    "COLUMNS": "200",
+}
+
+
+@pytest.fixture
+def call(tmp_path, capsys, monkeypatch):
+    """Run the command line in this process, in an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as exit:
+            cli.main(list(map(str, arguments)))
+        return exit.value.code or 0, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Replace the embedded digits by 200 of them."""
+    whole = data.load("mnist-10k")
+    train_part = data.Split(whole.train.images[:200], whole.train.labels[:200])
+    test_part = data.Split(whole.test.images[:100], whole.test.labels[:100])
+    dataset = data.Dataset(whole.name, train_part, test_part, whole.classes, "a test [source]")
+    monkeypatch.setattr(data, "load", lambda name, data_dir: dataset)
+
+
+def start(*arguments, cwd):
+    command = [sys.executable, "-m", "lenet_fast", *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=cwd, env=ENVIRONMENT, text=True, **pipes)
+
+
+def test_train_tells_what_it_does_and_where_the_results_are(call, few, tmp_path):
+    code, out, err = call("train", "--epochs", 2, "--device", "cpu", "--seed", 5)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"lenet5-mnist-10k-\d{8}-\d{6}-\d{6}", folder.name)
+    assert lines[:2] == [
+        "model   lenet5, fused layers, 61,706 parameters",
+        "data    mnist-10k, 200 training and 100 test images: a test [source]",
+    ]
+    assert "epochs 1 to 2, batches of 32, adam, lr 0.002 (cosine), seed 5" in lines[2]
+    assert re.search(r"cpu, \d+ threads, float32, autograd engine", lines[3])
+    assert lines[4] == f"folder  runs/{folder.name}"
+    for number, line in enumerate(lines[5:7], 1):
+        epoch = rf"epoch {number}/2  loss [\d.]+  train acc [\d.]+  test acc [\d.]+  [\d,]+ images/s"
+        assert re.fullmatch(epoch, line)
+    assert lines[7:9] == [
+        f"curve       runs/{folder.name}/curve.png",
+        f"checkpoint  runs/{folder.name}/checkpoint.pt",
+    ]
+    assert re.fullmatch(LAST_LINE, lines[9])
+    assert len(lines) == 10
+    assert {path.name for path in folder.iterdir()} == {"checkpoint.pt", "config.json", "metrics.csv", "curve.png"}
+
+
+def test_every_option_reaches_the_run(call, few, tmp_path):
+    options = {
+        "model": "lenet5-d2l",
+        "dataset": "mnist",
+        "data_dir": str(tmp_path),
+        "epochs": 1,
+        "batch_size": 50,
+        "optimizer": "sgd",
+        "lr": 0.03,
+        "schedule": "constant",
+        "momentum": 0.5,
+        "weight_decay": 0.01,
+        "seed": 4,
+        "device": "cpu",
+        "dtype": "float64",
+        "reference": True,
+    }
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if name != "reference"]
+    code, out, err = call("train", *flags, "--reference", "--run-dir", "results")
+    assert (code, err) == (0, "")
+    assert train.load_checkpoint("results/checkpoint.pt")["config"] == options
+    assert "lenet5-d2l, plain PyTorch twin" in out
+
+
+def test_resume_goes_on_and_a_finished_run_says_so(call, few):
+    call("train", "--epochs", 1, "--run-dir", "run", "--schedule", "constant", "--device", "cpu")
+    code, out, err = call("train", "--resume", "run")
+    assert (code, err) == (0, "")
+    assert "nothing left to do" in out
+    assert "all 1 epochs are finished; --epochs N with a larger N goes on" in out
+    assert re.fullmatch(LAST_LINE, out.splitlines()[-1])
+    code, out, err = call("train", "--resume", "run", "--epochs", 3)
+    assert (code, err) == (0, "")
+    assert "epochs 2 to 3" in out
+    assert [epoch["epoch"] for epoch in train.load_checkpoint("run/checkpoint.pt")["history"]] == [1, 2, 3]
+
+
+def test_missing_matplotlib_is_one_line(call, few, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, out, err = call("train", "--epochs", 1, "--run-dir", "run")
+    assert (code, err) == (0, "")
+    assert "curve       not drawn: matplotlib is not installed; `pip install lenet-fast[plot]` draws it\n" in out
+    assert not Path("run/curve.png").exists()
+
+
+def test_expected_errors_are_one_line_and_leave_nothing(call, few):
+    call("train", "--epochs", 1, "--run-dir", "used")
+    Path("broken").mkdir()
+    Path("broken/checkpoint.pt").write_text("no checkpoint")
+    for arguments, message in (
+        (["--model", "lenet6"], "model: expected one of 'lenet5', 'lenet5-d2l', got 'lenet6'"),
+        (["--epochs", "0"], "epochs: expected an int of at least 1, got 0"),
+        (["--lr", "nan"], "lr: expected a finite number above 0, got nan"),
+        (["--device", "cuda:99"], "device: 'cuda:99' is not available"),
+        (["--run-dir", "used"], "used: not empty"),
+        (["--resume", "used", "--batch-size", "99"], "batch_size: cannot change in a run, used has 32; got 99"),
+        (["--resume", "used", "--run-dir", "new"], "--run-dir and --resume exclude each other"),
+        (["--resume", "broken"], "broken/checkpoint.pt: the checkpoint is damaged"),
+        (["--resume", "none"], "none/checkpoint.pt: no such checkpoint"),
+        (["--optimizer", "sgd", "--lr", "1e30", "--run-dir", "diverged"], "the loss is not finite in epoch 1"),
+    ):
+        code, _, err = call("train", *arguments)
+        assert code == 1, arguments
+        assert err.startswith(f"lenet-fast: error: {message}")
+        assert err.count("\n") == 1
+    assert {path.name for path in Path.cwd().iterdir()} == {"used", "broken", "diverged"}
+
+
+def test_damaged_data_never_trains(call, tmp_path):
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03 and no more")
+    code, out, err = call("train", "--data-dir", tmp_path)
+    assert (code, out) == (1, "")
+    assert err.startswith("lenet-fast: error: ")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_wrong_usage_is_exit_code_2(call):
+    for arguments in (["train", "--no-such-option"], ["train", "--epochs", "many"], ["no-such-command"]):
+        code, out, err = call(*arguments)
+        assert (code, out) == (2, "")
+        assert err
+
+
+def test_help_names_the_choices(call, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = call("train", "--help")
+    assert code == 0
+    for name in ("lenet5-d2l", "fashion-mnist", "adam", "cosine", "bfloat16", "--resume", "0.002 for adam"):
+        assert name in out
+
+
+def test_env_prints_the_report(call):
+    code, out, _ = call("env")
+    assert code == 0
+    assert torch.__version__ in out
+
+
+def test_importing_the_package_or_training_needs_no_command_line_or_picture_library():
+    check = "import sys, lenet_fast.train; print({'typer', 'rich', 'matplotlib', 'triton'} & sys.modules.keys())"
+    output = subprocess.run([sys.executable, "-c", check], env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert output.stdout == "set()\n"
+
+
+# --- The real process, interrupted ------------------------------------------------------------------
+
+
+TRAIN = ("train", "--epochs", 4, "--batch-size", 8, "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    process = start(*TRAIN, "--run-dir", "run", cwd=folder)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    assert "\x1b" not in out  # no terminal: no bar, no colours
+    return train.load_checkpoint(folder / "run" / "checkpoint.pt")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_interrupted_process_resumes_bit_for_bit(tmp_path, uninterrupted, how):
+    process = start(*TRAIN, "--run-dir", "a run", cwd=tmp_path)
+    for line in process.stdout:
+        if line.startswith("epoch 1/"):
+            break
+    time.sleep(0.1)  # into the second epoch
+    process.send_signal(how)
+    _, err = process.communicate(timeout=60)
+    saved = train.load_checkpoint(tmp_path / "a run" / "checkpoint.pt")
+    finished = len(saved["history"])
+    assert 1 <= finished < 4
+    if how == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 130
+        assert err == (
+            f"lenet-fast: interrupted; {finished} of 4 epochs are finished and saved. "
+            "Continue with: lenet-fast train --resume 'a run'\n"
+        )
+    process = start("train", "--resume", "a run", cwd=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    assert f"epochs {finished + 1} to 4" in out
+    resumed = train.load_checkpoint(tmp_path / "a run" / "checkpoint.pt")
+    assert resumed["config"] == uninterrupted["config"]
+    assert torch.equal(resumed["generator"], uninterrupted["generator"])
+    for key, value in uninterrupted["model"].items():
+        assert torch.equal(resumed["model"][key], value)
+    for index, state in uninterrupted["engine"]["state"].items():
+        assert all(torch.equal(resumed["engine"]["state"][index][key], value) for key, value in state.items())
+    for one, other in zip(resumed["history"], uninterrupted["history"], strict=True):
+        for name in ("epoch", "learning_rate", "loss", "train_accuracy", "test_accuracy"):
+            assert one[name] == other[name]
+    assert (tmp_path / "a run" / "curve.png").exists()
+
+
+def test_a_terminal_sees_a_progress_bar(tmp_path):
+    parent, child = pty.openpty()
+    command = [sys.executable, "-m", "lenet_fast", "train", "--epochs", "1", "--batch-size", "16", "--device", "cpu"]
+    environment = {**ENVIRONMENT, "TERM": "xterm"}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=child, stderr=child)
+    os.close(child)
+    seen = b""
+    try:
+        while chunk := os.read(parent, 1 << 16):
+            seen += chunk
+    except OSError:  # Linux: the other end is closed
+        pass
+    os.close(parent)
+    assert process.wait(timeout=60) == 0
+    text = seen.decode()
+    assert re.search(r"loss \d\.\d{4}  [\d,]+ images/s", text)  # of the bar; epoch lines say more in between
+    assert "epoch 1/1" in text
+    assert "epoch 2/" not in text
+    assert re.fullmatch(LAST_LINE, text.splitlines()[-1])
