@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 SOURCES := setup.py $(shell find csrc -type f)
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
@@ -13,14 +14,17 @@ export PATH := $(BIN):$(PATH)
 install: $(VENV)/.installed
 
 $(VENV)/.requirements: requirements-dev.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	touch $@
+	@echo "creating $(VENV) with the packages of requirements-dev.txt"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install -r requirements-dev.txt
+	@touch $@
 
 $(VENV)/.installed: $(VENV)/.requirements pyproject.toml $(SOURCES)
-	$(BIN)/python setup.py --quiet build_ext --inplace
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --config-settings editable_mode=compat -e .
-	touch $@
+	@echo "building the native libraries: about two minutes on two cores"
+	@$(BIN)/python setup.py --quiet build_ext --inplace > $(VENV)/build.log 2>&1 || (cat $(VENV)/build.log; exit 1)
+	@grep '^lenet_fast:' $(VENV)/build.log || true
+	@$(PIP) install --no-build-isolation --no-deps --config-settings editable_mode=compat -e .
+	@touch $@
 
 train: install
 	$(BIN)/lenet-fast train

@@ -93,9 +93,7 @@ TIMEOUT_SECONDS = 20.0  # without a single byte from a mirror
 _DEFLATE_MAX_RATIO = 1032  # no deflate stream expands further (zlib's technical notes)
 
 _WANTED = f"{', '.join(FILES)} (each with or without .gz)"
-_BY_HAND = (
-    f"To supply the files by hand, put {_WANTED} into a folder and name it: --data-dir, or $LENET_FAST_DATA"
-)
+_BY_HAND = f"To supply the files by hand, put {_WANTED} into a folder and name it: --data-dir, or $LENET_FAST_DATA"
 
 
 class DataError(ValueError):
@@ -197,9 +195,7 @@ def _read_idx(path: Path) -> tuple[np.ndarray, str]:
             with gzip.GzipFile(fileobj=file, mode="rb") as stream:
                 return _parse_idx(path, stream, most=size * _DEFLATE_MAX_RATIO)
         except EOFError:
-            raise DataError(
-                f"{path}: expected a whole gzip file, found it truncated at {size} bytes"
-            ) from None
+            raise DataError(f"{path}: expected a whole gzip file, found it truncated at {size} bytes") from None
         except (zlib.error, gzip.BadGzipFile) as error:
             raise DataError(f"{path}: expected a sound gzip file, found it damaged ({error})") from None
 
@@ -214,9 +210,7 @@ def _parse_idx(path: Path, stream: IO[bytes] | gzip.GzipFile, most: int) -> tupl
         )
     header = magic + stream.read(4 * magic[3])
     if len(header) != 4 + 4 * magic[3]:
-        raise DataError(
-            f"{path}: expected a header of {4 + 4 * magic[3]} bytes, found {len(header)}: truncated"
-        )
+        raise DataError(f"{path}: expected a header of {4 + 4 * magic[3]} bytes, found {len(header)}: truncated")
     shape = tuple(int(n) for n in np.frombuffer(header, ">u4", offset=4))
     size = math.prod(shape)
     promised = f"{size} bytes of data ({' x '.join(map(str, shape))})"
@@ -273,9 +267,7 @@ def _split(split: str, arrays: dict[str, np.ndarray], files: dict[str, Path]) ->
         raise DataError(f"{files[labels_file]}: expected labels, (N,); found {labels.shape}")
     if labels.max() > 9:
         at = int(np.argmax(labels > 9))
-        raise DataError(
-            f"{files[labels_file]}: expected labels from 0 to 9, found {labels[at]} at index {at}"
-        )
+        raise DataError(f"{files[labels_file]}: expected labels from 0 to 9, found {labels[at]} at index {at}")
     if len(images) != len(labels):
         raise DataError(
             f"{files[labels_file]}: expected a label for each image in {files[images_file]}, {len(images)}; "

@@ -39,9 +39,7 @@ def write_idx_gz(path: Path, array: np.ndarray) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="holds the original MNIST files")
     parser.add_argument("output", type=Path, nargs="?", default=OUTPUT, help=f"default: {OUTPUT}")
     arguments = parser.parse_args()

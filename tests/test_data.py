@@ -30,11 +30,7 @@ OWN_DATA = "ignore:.*own data, not the published"
 
 
 def idx(array: np.ndarray) -> bytes:
-    return (
-        bytes([0, 0, 8, array.ndim])
-        + np.array(array.shape, ">u4").tobytes()
-        + array.astype(np.uint8).tobytes()
-    )
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.astype(np.uint8).tobytes()
 
 
 def make_contents(seed: int, train: int = 12, test: int = 7) -> dict[str, bytes]:
@@ -82,9 +78,7 @@ def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def published(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, bytes]]:
     """Two small data sets that stand in for the published ones: contents per data set and file."""
     sets = {"mnist": make_contents(1), "fashion-mnist": make_contents(2)}
-    monkeypatch.setattr(
-        data, "MD5_CONTENTS", {n: {f: md5(raw) for f, raw in c.items()} for n, c in sets.items()}
-    )
+    monkeypatch.setattr(data, "MD5_CONTENTS", {n: {f: md5(raw) for f, raw in c.items()} for n, c in sets.items()})
     monkeypatch.setattr(
         data,
         "MD5_GZ",
@@ -317,9 +311,7 @@ def test_read_idx_survives_every_flipped_bit_of_a_gzip_file(tmp_path: Path) -> N
         damaged[bit // 8] ^= 1 << bit % 8
         (tmp_path / "f").write_bytes(damaged)
         try:
-            np.testing.assert_array_equal(
-                data.read_idx(tmp_path / "f"), array
-            )  # time, system, flags: no data
+            np.testing.assert_array_equal(data.read_idx(tmp_path / "f"), array)  # time, system, flags: no data
         except data.DataError:
             refused += 1
     assert refused >= 8 * (len(whole) - 10)  # all but, at most, those of the gzip header
@@ -355,9 +347,7 @@ def test_data_dir_layouts(
         assert len(dataset.classes) == 10
 
 
-def test_data_dir_in_the_home_folder(
-    tmp_path: Path, published: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_data_dir_in_the_home_folder(tmp_path: Path, published: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path / "digits", published["mnist"])
     assert_holds(data.load("mnist", "~/digits"), published["mnist"])
@@ -370,15 +360,11 @@ def test_mixed_spellings_and_a_folder_of_a_files_name(tmp_path: Path, published:
     assert_holds(data.load("mnist", folder), published["mnist"])
 
 
-def test_data_dir_never_falls_through(
-    tmp_path: Path, published: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_data_dir_never_falls_through(tmp_path: Path, published: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     write(cache(tmp_path, "mnist"), published["mnist"])
     monkeypatch.setenv("LENET_FAST_DATA", str(write(tmp_path / "env", published["mnist"])))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(
-        data.DataError, match=r"data_dir.*train-images-idx3-ubyte.*t10k-labels.*empty.*found none"
-    ):
+    with pytest.raises(data.DataError, match=r"data_dir.*train-images-idx3-ubyte.*t10k-labels.*empty.*found none"):
         data.load("mnist", tmp_path / "empty")
     with pytest.raises(data.DataError, match=r"data_dir: expected a folder, found nothing at .*absent"):
         data.load("mnist", tmp_path / "absent")
@@ -387,17 +373,13 @@ def test_data_dir_never_falls_through(
 
 
 @pytest.mark.parametrize("missing", data.FILES)
-def test_incomplete_folder(
-    tmp_path: Path, published: dict, missing: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_incomplete_folder(tmp_path: Path, published: dict, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write(tmp_path / "d", published["mnist"])
     (folder / missing).unlink()
     with pytest.raises(data.DataError, match=rf"^data_dir: expected .* in {folder}, found no {missing}$"):
         data.load("mnist", folder)
     monkeypatch.setenv("LENET_FAST_DATA", str(folder))
-    with pytest.raises(
-        data.DataError, match=rf"^\$LENET_FAST_DATA: expected .* in {folder}, found no {missing}$"
-    ):
+    with pytest.raises(data.DataError, match=rf"^\$LENET_FAST_DATA: expected .* in {folder}, found no {missing}$"):
         data.load("mnist")
 
 
@@ -455,9 +437,7 @@ def test_load_refuses_files_that_do_not_fit(tmp_path: Path, case: str) -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(
-        ValueError, match="name: expected one of mnist-10k, mnist, fashion-mnist; got 'MNIST'"
-    ):
+    with pytest.raises(ValueError, match="name: expected one of mnist-10k, mnist, fashion-mnist; got 'MNIST'"):
         data.load("MNIST")
 
 
@@ -495,9 +475,7 @@ def test_environment_folder_without_this_data_set_is_passed_over(
     assert data.load("mnist").source == str(tmp_path / "env" / "mnist")
     assert data.load("fashion-mnist").source == str(tmp_path / "debian")
     monkeypatch.setenv("LENET_FAST_DATA", str(tmp_path / "mistyped"))
-    with pytest.raises(
-        data.DataError, match=r"\$LENET_FAST_DATA: expected a folder, found nothing at .*mistyped"
-    ):
+    with pytest.raises(data.DataError, match=r"\$LENET_FAST_DATA: expected a folder, found nothing at .*mistyped"):
         data.load("fashion-mnist")
 
 
@@ -510,19 +488,13 @@ def test_cache_folder_default(tmp_path: Path, published: dict, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("place", ["cache", "debian"])
-def test_only_published_contents_in_cache_and_debian_folder(
-    tmp_path: Path, published: dict, place: str
-) -> None:
+def test_only_published_contents_in_cache_and_debian_folder(tmp_path: Path, published: dict, place: str) -> None:
     folder = cache(tmp_path, "fashion-mnist") if place == "cache" else tmp_path / "debian"
     contents = dict(published["fashion-mnist"])
-    contents["train-images-idx3-ubyte"] = (
-        contents["train-images-idx3-ubyte"][:-1] + b"\x55"
-    )  # structure is sound
+    contents["train-images-idx3-ubyte"] = contents["train-images-idx3-ubyte"][:-1] + b"\x55"  # structure is sound
     write(folder, contents)
     path = folder / "train-images-idx3-ubyte"
-    with pytest.raises(
-        data.DataError, match=rf"{path}: expected the published contents, MD5 \w+; found MD5 \w+"
-    ):
+    with pytest.raises(data.DataError, match=rf"{path}: expected the published contents, MD5 \w+; found MD5 \w+"):
         data.load("fashion-mnist")
 
 
@@ -610,9 +582,7 @@ def test_download_completes_an_interrupted_one(tmp_path: Path, published: dict, 
 
 def test_download_false_asks_nobody(tmp_path: Path, published: dict, mirror: Mirror) -> None:
     mirror.offer("first", published["mnist"])
-    with pytest.raises(
-        data.DataError, match=r"mnist: found no full set.*not set.*xdg.*download=False.*--data-dir"
-    ):
+    with pytest.raises(data.DataError, match=r"mnist: found no full set.*not set.*xdg.*download=False.*--data-dir"):
         data.load("mnist", download=False)
     assert mirror.requests == []
     assert not cache(tmp_path, "mnist").exists()
@@ -707,16 +677,12 @@ def test_download_tries_the_next_mirror_and_reports_each_failure(
 
 def test_no_mirror_answers(tmp_path: Path, published: dict, mirror: Mirror) -> None:
     mirror.close()
-    with pytest.raises(
-        data.DataError, match=r"(?s)first/train-images.*refused.*second/train-images.*--data-dir"
-    ):
+    with pytest.raises(data.DataError, match=r"(?s)first/train-images.*refused.*second/train-images.*--data-dir"):
         data.load("mnist")
     assert list(cache(tmp_path, "mnist").iterdir()) == []
 
 
-def test_interrupt_leaves_nothing_half_done(
-    tmp_path: Path, published: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupt_leaves_nothing_half_done(tmp_path: Path, published: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "MIRRORS", {"mnist": ("http://127.0.0.1:1/",)})
 
     class Response:
@@ -746,7 +712,5 @@ def test_published_tables_are_complete() -> None:
         for table in (data.MD5_GZ, data.MD5_CONTENTS):
             assert table[name].keys() == set(data.FILES)
             assert all(len(value) == 32 and int(value, 16) for value in table[name].values())
-    everything = [
-        value for t in (data.MD5_GZ, data.MD5_CONTENTS) for files in t.values() for value in files.values()
-    ]
+    everything = [value for t in (data.MD5_GZ, data.MD5_CONTENTS) for files in t.values() for value in files.values()]
     assert len(set(everything)) == 16
