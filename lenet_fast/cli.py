@@ -1,6 +1,7 @@
 """The command line: `lenet-fast train` and `lenet-fast env`, also as `python -m lenet_fast`."""
 
 import shlex
+import signal
 import sys
 import time
 import warnings
@@ -8,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Annotated
 
 import torch
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from . import data, env, plots
+from .checkpoint import CheckpointError
 from .models import MODELS
 from .train import CHECKPOINT, DTYPES, OPTIMIZERS, SCHEDULES, Epoch, Run, TrainConfig, TrainingError
 
@@ -34,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
         warnings.showwarning = lambda message, *_: print(f"lenet-fast: note: {message}", file=sys.stderr)
         try:
             app(arguments, prog_name="lenet-fast")
-        except (ValueError, OSError, TrainingError) as error:
+        except (ValueError, OSError, TrainingError, CheckpointError) as error:
             _exit(f"error: {error}", code=1)
 
 
@@ -156,7 +158,11 @@ def _print_result(run: Run) -> None:
 
 
 class _Display:
-    """A line for every finished epoch and, where stdout is a terminal, a progress bar for the running one."""
+    """A line for every finished epoch and, where stdout is a terminal, a progress bar for the running one.
+
+    While it is open, Ctrl-C takes effect between steps: the exception that Python raises just anywhere can be lost in
+    a callback. A second Ctrl-C is raised at once.
+    """
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -172,6 +178,8 @@ class _Display:
         self._task = self._bar.add_task("", total=len(run.dataset.train.labels), epoch="", status="")
 
     def __enter__(self) -> "_Display":
+        self._interrupted = False
+        self._on_interrupt = signal.signal(signal.SIGINT, self._interrupt)
         self._start_epoch()
         self._bar.start()
         return self
@@ -180,6 +188,11 @@ class _Display:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+        signal.signal(signal.SIGINT, self._on_interrupt)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._interrupted = True
+        signal.signal(signal.SIGINT, self._on_interrupt)
 
     def _start_epoch(self) -> None:
         number = f"{len(self._run.history) + 1}/{self._run.config.epochs}"
@@ -187,6 +200,8 @@ class _Display:
         self._started = time.perf_counter()
 
     def show_step(self, done: int, loss: float) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
         rate = done / (time.perf_counter() - self._started)
         self._bar.update(self._task, completed=done, status=f"loss {loss:.4f}  {rate:,.0f} images/s")
 
@@ -198,4 +213,6 @@ class _Display:
         )
         self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
         if epoch.epoch < self._run.config.epochs:
+            if self._interrupted:
+                raise KeyboardInterrupt
             self._start_epoch()

@@ -150,20 +150,20 @@ def rbf(input: Tensor, codes: Tensor) -> Tensor:
     """Squared Euclidean distances: LeCun et al. (1998), equation (7), the output layer of LeNet-5.
 
     Args:
-        input: (N, D), floating.
+        input: (N, D) or (D,), floating.
         codes: (C, D), the code of each class; dtype and device of `input`.
 
     Returns:
-        (N, C), in the dtype of `input`.
+        (N, C) or (C,), in the dtype of `input`.
 
     Raises:
         ValueError: shapes that do not fit.
         TypeError: a dtype that is not floating, or not the same.
     """
     _check_tensors(input=input, codes=codes)
-    if input.dim() != 2 or codes.dim() != 2 or input.shape[1] != codes.shape[1]:
+    if input.dim() not in (1, 2) or codes.dim() != 2 or input.shape[-1] != codes.shape[1]:
         raise ValueError(f"codes: expected (C, D) for an input (N, D), got {_shape(codes)} for {_shape(input)}")
-    return (input.unsqueeze(1) - codes).square().sum(-1)  # expanding the square would cancel
+    return (input.unsqueeze(-2) - codes).square().sum(-1)  # expanding the square would cancel
 
 
 def map_loss(distances: Tensor, target: Tensor, *, j: float) -> Tensor:

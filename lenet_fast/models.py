@@ -1,6 +1,7 @@
 """The LeNets: layers named as in LeCun et al. (1998), each model beside its twin of plain PyTorch layers."""
 
 import copy
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,9 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .nn import ConvActPool2d
+from .nn import RBF, ConvActPool2d, ConvSubsample2d, FusedConv2d, MAPLoss, ScaledTanh, SparseConvActPool2d
+from .summary import connection_counts, describe
+from .tables import LENET5_C3, Connections
 
-__all__ = ["MODELS", "InputSpec", "LeNet", "describe", "lenet5", "lenet5_d2l"]
+__all__ = [
+    "MODELS",
+    "InputSpec",
+    "LeNet",
+    "classify",
+    "connection_counts",
+    "criterion",
+    "describe",
+    "lenet1",
+    "lenet5",
+    "lenet5_1998",
+    "lenet5_d2l",
+]
 
 
 @dataclass(frozen=True)
@@ -62,27 +77,36 @@ class LeNet(nn.Sequential):
         return super().__getitem__(index)
 
     def reference(self) -> nn.Sequential:
-        """The same network of torch.nn layers only: copies of the parameters, the same state_dict keys.
+        """The same network in plain PyTorch: copies of the parameters, the same state_dict keys.
 
         A fused layer `c1` becomes a convolution `c1`, an activation `c1_act` and a pooling `s2`.
         """
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for name, layer in self.named_children():
-            if isinstance(layer, ConvActPool2d):
-                layers.update(_unfused(name, layer))
-            else:
-                layers[name] = copy.deepcopy(layer)
+            layers.update(_unfused(name, layer))
         return nn.Sequential(layers).train(self.training)
 
 
-_ACTIVATIONS = {"identity": nn.Identity, "relu": nn.ReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
+_ACTIVATIONS = {
+    "identity": nn.Identity,
+    "relu": nn.ReLU,
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+    "scaled_tanh": ScaledTanh,
+}
 _POOLS = {"avg": nn.AvgPool2d, "max": nn.MaxPool2d}
 
 
-def _unfused(name: str, layer: ConvActPool2d) -> dict[str, nn.Module]:
-    """The torch.nn layers that `layer`, named `name` (c1, c3, ...), computes in one; parameters copied."""
-    if layer.activation not in _ACTIVATIONS:
-        raise ValueError(f"{name}: torch.nn has no layer for activation {layer.activation!r}")
+def _unfused(name: str, layer: nn.Module) -> dict[str, nn.Module]:
+    """The plain PyTorch layers that `layer`, named `name` (c1, c3, ...), computes in one; parameters copied.
+
+    torch.nn has no sparse or subsampling convolution: those stay one layer, computed by their PyTorch definition.
+    """
+    if not isinstance(layer, ConvActPool2d):
+        plain = copy.deepcopy(layer)
+        if isinstance(plain, FusedConv2d):
+            plain.backend = "reference"
+        return {name: plain}
     conv = nn.utils.skip_init(  # draws no random numbers: the values are copied in below
         nn.Conv2d,
         layer.in_channels,
@@ -102,96 +126,277 @@ def _unfused(name: str, layer: ConvActPool2d) -> dict[str, nn.Module]:
     return layers
 
 
-def lenet5_d2l(*, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LeNet:
-    """LeNet-5 as in "Dive into Deep Learning", section 7.6: input (N, 1, 28, 28), output (N, 10).
+def _flatten() -> nn.Flatten:
+    return nn.Flatten(start_dim=-3)  # the last three dimensions: a single image (C, H, W) passes too
 
-    Sigmoids, average pooling, Xavier-uniform initial weights; 61,706 parameters.
+
+def _per_block(name: str, value: int | str | Sequence, blocks: int) -> list:
+    """One value for each convolution block, from one for all or a sequence."""
+    values = list(value) if isinstance(value, list | tuple) else [value] * blocks
+    if len(values) != blocks:
+        raise ValueError(f"{name}: expected one value or one for each of the {blocks} convolutions, got {value!r}")
+    return values
+
+
+def _build(
+    size: int,
+    *,
+    channels: Sequence[int],
+    kernel_size: int | Sequence[int],
+    padding: int | Sequence[int],
+    activation: str,
+    pool: str | Sequence[str],
+    dense: Sequence[int],
+    connections: Tensor | Connections | None,
+    dense_as_convolution: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> OrderedDict[str, nn.Module]:
+    """Convolution blocks c1, c3, ..., then dense layers, then the output layer of 10.
+
+    Layers are numbered as in the paper, where each block counts as two (C and S): with two blocks the dense ones are
+    c5 and f6. `dense_as_convolution` makes the first of them a convolution over the whole remaining map.
     """
     factory = {"device": device, "dtype": dtype}
-    layers: OrderedDict[str, nn.Module] = OrderedDict(
-        c1=ConvActPool2d(1, 6, 5, padding=2, activation="sigmoid", pool="avg", **factory),
-        c3=ConvActPool2d(6, 16, 5, activation="sigmoid", pool="avg", **factory),
-        flatten=_flatten(),
-        c5=nn.Linear(16 * 5 * 5, 120, **factory),
-        c5_act=nn.Sigmoid(),
-        f6=nn.Linear(120, 84, **factory),
-        f6_act=nn.Sigmoid(),
-        output=nn.Linear(84, 10, **factory),
+    blocks = len(channels)
+    if blocks == 0 or (connections is not None and blocks < 2):
+        raise ValueError(
+            f"channels: expected at least {1 if connections is None else 2} convolutions, got {channels!r}"
+        )
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    maps = 1
+    settings = zip(
+        channels,
+        _per_block("kernel_size", kernel_size, blocks),
+        _per_block("padding", padding, blocks),
+        _per_block("pool", pool, blocks),
+        strict=True,
     )
-    for layer in layers.values():
-        if isinstance(layer, ConvActPool2d | nn.Linear):
-            nn.init.xavier_uniform_(layer.weight)
-    return LeNet(layers, input_spec=InputSpec(size=28, background=0.0, foreground=1.0))
+    for block, (out_maps, kernel, pad, pooling) in enumerate(settings):
+        name = f"c{2 * block + 1}"
+        options = {"padding": pad, "activation": activation, "pool": pooling, **factory}
+        if block == 1 and connections is not None:
+            table = Connections.of(connections)
+            if (table.out_channels, table.in_channels) != (out_maps, maps):
+                raise ValueError(
+                    f"connections: expected a table ({out_maps}, {maps}) for {name}, "
+                    f"got ({table.out_channels}, {table.in_channels})"
+                )
+            layers[name] = SparseConvActPool2d(table, kernel, **options)
+        else:
+            layers[name] = ConvActPool2d(maps, out_maps, kernel, **options)
+        size = (size + 2 * pad - kernel + 1) // (1 if pooling == "none" else 2)
+        if size < 1:
+            raise ValueError(f"channels: nothing is left of the image after {name}; fewer or smaller convolutions")
+        maps = out_maps
+    features = maps * size * size
+    for index, width in enumerate(dense):
+        name = f"{'c' if index == 0 else 'f'}{2 * blocks + 1 + index}"
+        if index == 0 and dense_as_convolution:
+            layers[name] = ConvActPool2d(maps, width, size, activation=activation, pool="none", **factory)
+        else:
+            if index == 0:
+                layers["flatten"] = _flatten()
+            layers[name] = nn.Linear(features, width, **factory)
+            layers[f"{name}_act"] = _ACTIVATIONS[activation]()
+        if index == 0 and dense_as_convolution:
+            layers["flatten"] = _flatten()
+        features = width
+    layers.setdefault("flatten", _flatten())
+    layers["output"] = nn.Linear(features, 10, **factory)
+    return layers
 
 
 _MNIST_MEAN, _MNIST_STD = 0.1307, 0.3081  # of the 60,000 training images, pixels in 0..1
 _NORMALISED = {"background": -_MNIST_MEAN / _MNIST_STD, "foreground": (1 - _MNIST_MEAN) / _MNIST_STD}
 
 
-def lenet5(*, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LeNet:
+def lenet5_d2l(
+    *,
+    channels: Sequence[int] = (6, 16),
+    kernel_size: int | Sequence[int] = 5,
+    padding: int | Sequence[int] | None = None,
+    activation: str = "sigmoid",
+    pool: str | Sequence[str] = "avg",
+    dense: Sequence[int] = (120, 84),
+    connections: Tensor | Connections | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> LeNet:
+    """LeNet-5 as in "Dive into Deep Learning", section 7.6: input (N, 1, 28, 28), output (N, 10).
+
+    As it stands: sigmoids, average pooling, Xavier-uniform initial weights; 61,706 parameters.
+
+    Args:
+        channels: output maps of each convolution; more than two make it deeper.
+        kernel_size: side of the windows, for all convolutions or one each.
+        padding: of each convolution; None keeps the first one's output as large as its input, the others unpadded.
+        activation: of every layer but the last; see `functional.conv_act_pool`.
+        pool: "avg", "max" or "none", for all convolutions or one each.
+        dense: widths of the hidden dense layers.
+        connections: a table for the second convolution, e.g. `tables.LENET5_C3`; None connects all maps.
+
+    Raises:
+        ValueError: options that do not fit each other or leave nothing of the image.
+    """
+    if padding is None:
+        sides = _per_block("kernel_size", kernel_size, len(channels))
+        padding = [(side - 1) // 2 if block == 0 else 0 for block, side in enumerate(sides)]
+    layers = _build(
+        28,
+        channels=channels,
+        kernel_size=kernel_size,
+        padding=padding,
+        activation=activation,
+        pool=pool,
+        dense=dense,
+        connections=connections,
+        device=device,
+        dtype=dtype,
+    )
+    for layer in layers.values():
+        if isinstance(layer, ConvActPool2d | nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+        elif isinstance(layer, SparseConvActPool2d):  # Xavier of each map with its own fan-in
+            area = layer.kernel_size**2
+            fan_out = area * len(layer.connections) / layer.in_channels
+            bias = None if layer.bias is None else layer.bias.detach().clone()
+            layer.init_uniform_([math.sqrt(6 / (fan_in + fan_out)) for fan_in in layer.fan_in()])
+            if bias is not None:
+                layer.bias.data.copy_(bias)
+    return LeNet(layers, input_spec=InputSpec(size=28, background=0.0, foreground=1.0))
+
+
+def lenet5(
+    *,
+    channels: Sequence[int] = (6, 16),
+    kernel_size: int | Sequence[int] = 5,
+    padding: int | Sequence[int] = 0,
+    activation: str = "relu",
+    pool: str | Sequence[str] = "max",
+    dense: Sequence[int] = (120, 84),
+    connections: Tensor | Connections | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> LeNet:
     """LeNet-5 as it is commonly taught: input (N, 1, 32, 32), output (N, 10).
 
-    ReLU, max pooling, all 96 connections in C3, C5 as a 5x5 convolution, PyTorch's default initial weights;
-    61,706 parameters.
+    As it stands: ReLU, max pooling, all 96 connections in C3, C5 as a 5x5 convolution, PyTorch's default initial
+    weights; 61,706 parameters. The first of the `dense` layers is that convolution over the whole map; the other
+    arguments are those of `lenet5_d2l`.
+
+    Raises:
+        ValueError: options that do not fit each other or leave nothing of the image.
     """
-    factory = {"device": device, "dtype": dtype}
-    layers: OrderedDict[str, nn.Module] = OrderedDict(
-        c1=ConvActPool2d(1, 6, 5, activation="relu", pool="max", **factory),
-        c3=ConvActPool2d(6, 16, 5, activation="relu", pool="max", **factory),
-        c5=ConvActPool2d(16, 120, 5, activation="relu", pool="none", **factory),
-        flatten=_flatten(),
-        f6=nn.Linear(120, 84, **factory),
-        f6_act=nn.ReLU(),
-        output=nn.Linear(84, 10, **factory),
+    layers = _build(
+        32,
+        channels=channels,
+        kernel_size=kernel_size,
+        padding=padding,
+        activation=activation,
+        pool=pool,
+        dense=dense,
+        connections=connections,
+        dense_as_convolution=True,
+        device=device,
+        dtype=dtype,
     )
     return LeNet(layers, input_spec=InputSpec(size=32, **_NORMALISED))
 
 
-def _flatten() -> nn.Flatten:
-    return nn.Flatten(start_dim=-3)  # the last three dimensions: a single image (C, H, W) passes too
+def lenet1(
+    *,
+    activation: str = "tanh",
+    pool: str = "avg",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> LeNet:
+    """LeNet-1: input (N, 1, 28, 28), 4 and 12 maps, 192 features to 10 outputs; 3,246 parameters.
+
+    LeCun et al. (1998), section III.C, with all maps connected as in its tutorials.
+    """
+    layers = _build(
+        28,
+        channels=(4, 12),
+        kernel_size=5,
+        padding=0,
+        activation=activation,
+        pool=pool,
+        dense=(),
+        connections=None,
+        device=device,
+        dtype=dtype,
+    )
+    return LeNet(layers, input_spec=InputSpec(size=28, **_NORMALISED))
 
 
-MODELS: dict[str, Callable[..., LeNet]] = {"lenet5": lenet5, "lenet5-d2l": lenet5_d2l}  # by command-line name
+def lenet5_1998(
+    *,
+    output: str = "rbf",
+    connections: Tensor | Connections | None = LENET5_C3,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> LeNet:
+    """LeNet-5 exactly as in LeCun et al. (1998), section II.B: input (N, 1, 32, 32).
 
+    Sparse C3, trainable subsampling, 1.7159 tanh(2x/3) everywhere up to F6, initial weights uniform in +-2.4 / fan-in
+    of the unit; 60,000 trainable parameters, 340,908 connections.
 
-def describe(model: nn.Module, input_shape: Sequence[int]) -> str:
-    """Print a table of the layers of `model`, in the order they run on such an input; returns it too.
-
-    A line for each call of a layer: name, type, output shape, own parameters. Runs a copy in evaluation mode:
-    `model`, its statistics and the random number generators stay as they are.
+    Args:
+        output: "rbf": distances (N, 10) to the digit bitmaps, the smallest is the class, trained with `nn.MAPLoss`;
+            "linear": a dense layer, trained with cross-entropy.
+        connections: table of C3, bool (16, 6); None connects all maps.
 
     Raises:
-        ValueError: `input_shape` is no sequence of positive ints.
+        ValueError: an unknown output, a table of another size.
     """
-    shape = tuple(input_shape)
-    if not shape or not all(isinstance(side, int) and side > 0 for side in shape):
-        raise ValueError(f"input_shape: expected positive ints such as (1, 1, 28, 28), got {input_shape!r}")
-    rows = [("layer", "type", "output shape", "parameters"), ("", "input", str(shape), "")]
-    probe = copy.deepcopy(model).eval()
-
-    def add_row(name: str, layer: nn.Module, output: object) -> None:
-        own = sum(parameter.numel() for parameter in layer.parameters(recurse=False))
-        rows.append((name, type(layer).__name__, _shapes(output), f"{own:,}" if own else ""))
-
-    for name, layer in probe.named_modules():
-        is_leaf = next(layer.children(), None) is None
-        if is_leaf or next(layer.parameters(recurse=False), None) is not None:
-            layer.register_forward_hook(lambda layer, _, output, name=name: add_row(name, layer, output))
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    with torch.random.fork_rng(devices=[like.device] if like.is_cuda else []), torch.no_grad():
-        probe(torch.zeros(shape, device=like.device, dtype=like.dtype))
-    rows.append(("total", "", "", f"{sum(parameter.numel() for parameter in probe.parameters()):,}"))
-
-    name, kind, shape, own = (max(map(len, column)) for column in zip(*rows, strict=True))
-    lines = (f"{row[0]:{name}}  {row[1]:{kind}}  {row[2]:{shape}}  {row[3]:>{own}}" for row in rows)
-    table = "\n".join(line.rstrip() for line in lines)
-    print(table)
-    return table
+    factory = {"device": device, "dtype": dtype}
+    if output not in ("rbf", "linear"):
+        raise ValueError(f"output: expected 'rbf' or 'linear', got {output!r}")
+    last = RBF(84, 10).to(**factory) if output == "rbf" else nn.Linear(84, 10, **factory)
+    layers: OrderedDict[str, nn.Module] = OrderedDict(
+        c1=ConvSubsample2d(1, 6, 5, **factory),
+        c3=ConvSubsample2d(6, 16, 5, table=connections, **factory),
+        c5=ConvActPool2d(16, 120, 5, activation="scaled_tanh", pool="none", **factory),
+        flatten=_flatten(),
+        f6=nn.Linear(120, 84, **factory),
+        f6_act=ScaledTanh(),
+        output=last,
+    )
+    for layer in layers.values():
+        _init_lecun(layer)
+    return LeNet(layers, input_spec=InputSpec(size=32, background=-0.1, foreground=1.175))
 
 
-def _shapes(output: object) -> str:
-    if isinstance(output, Tensor):
-        return str(tuple(output.shape))
-    if isinstance(output, tuple | list):
-        return ", ".join(map(_shapes, output))
-    return type(output).__name__
+def _init_lecun(layer: nn.Module) -> None:
+    """Weights and biases uniform in +-2.4 / fan-in of their unit: LeCun et al. (1998), appendix A."""
+    if isinstance(layer, FusedConv2d):
+        layer.init_uniform_([2.4 / max(1, fan_in) for fan_in in layer.fan_in()])
+    if isinstance(layer, ConvSubsample2d):  # a subsampling unit has four inputs
+        nn.init.uniform_(layer.coefficient, -2.4 / 4, 2.4 / 4)
+        nn.init.uniform_(layer.pool_bias, -2.4 / 4, 2.4 / 4)
+    if isinstance(layer, nn.Linear):
+        nn.init.uniform_(layer.weight, -2.4 / layer.in_features, 2.4 / layer.in_features)
+        nn.init.uniform_(layer.bias, -2.4 / layer.in_features, 2.4 / layer.in_features)
+
+
+MODELS: dict[str, Callable[..., LeNet]] = {  # by command-line name
+    "lenet1": lenet1,
+    "lenet5": lenet5,
+    "lenet5-d2l": lenet5_d2l,
+    "lenet5-1998": lenet5_1998,
+}
+
+
+def _measures_distance(model: nn.Module) -> bool:
+    return isinstance(list(model.children())[-1], RBF)
+
+
+def criterion(model: nn.Module) -> nn.Module:
+    """The loss that `model` (a LeNet or its twin) is trained with: MAP for an RBF output, else cross-entropy."""
+    return MAPLoss() if _measures_distance(model) else nn.CrossEntropyLoss()
+
+
+def classify(model: nn.Module, outputs: Tensor) -> Tensor:
+    """Classes (N,) from outputs (N, C) of `model`: the smallest distance for an RBF output, else the largest score."""
+    return outputs.argmin(-1) if _measures_distance(model) else outputs.argmax(-1)

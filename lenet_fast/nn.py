@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from . import functional, reference
 from .tables import DIGIT_BITMAPS, Connections
 
-__all__ = ["RBF", "ConvActPool2d", "ConvSubsample2d", "MAPLoss", "ScaledTanh", "SparseConvActPool2d"]
+__all__ = ["RBF", "ConvActPool2d", "ConvSubsample2d", "FusedConv2d", "MAPLoss", "ScaledTanh", "SparseConvActPool2d"]
 
 
-class _FusedConv2d(nn.Module):
+class FusedConv2d(nn.Module):
     """What the fused layers share: options, a packed or dense weight, a bias, nn.Conv2d's initialisation.
 
-    `backend` ("auto") may be set on a layer; "reference" makes it plain PyTorch.
+    Not used itself. `backend` ("auto") may be set on a layer; "reference" makes it plain PyTorch.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class _FusedConv2d(nn.Module):
         )
 
 
-class ConvActPool2d(_FusedConv2d):
+class ConvActPool2d(FusedConv2d):
     """Convolution, activation and 2x2 pooling in one operator.
 
     `weight` (C_out, C_in, K, K) and `bias` (C_out,) are named, shaped and initialised as nn.Conv2d's, so the state of
@@ -128,7 +128,7 @@ class ConvActPool2d(_FusedConv2d):
         return f"{super().extra_repr()}, pool={self.pool!r}"
 
 
-class SparseConvActPool2d(_FusedConv2d):
+class SparseConvActPool2d(FusedConv2d):
     """`ConvActPool2d` with only some connections between input and output maps: C3 of LeCun et al. (1998).
 
     `weight` (connections, K, K) holds the connections of output map 0 first, input maps ascending; absent ones cost no
@@ -224,7 +224,7 @@ class SparseConvActPool2d(_FusedConv2d):
         return f"{super().extra_repr()}, pool={self.pool!r}"
 
 
-class ConvSubsample2d(_FusedConv2d):
+class ConvSubsample2d(FusedConv2d):
     """A convolution and a trainable subsampling, each with its activation: a C+S pair of LeCun et al. (1998), II.B.
 
     Parameters: `weight` and `bias` of the convolution, `coefficient` and `pool_bias` (C_out,) of the subsampling, which

@@ -4,7 +4,8 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from .train import Epoch, write_atomically
+from .checkpoint import write_atomically
+from .train import Epoch
 
 MISSING = "matplotlib is not installed; `pip install lenet-fast[plot]` draws it"
 

@@ -14,10 +14,8 @@ import csv
 import io
 import json
 import math
-import os
 import time
 import warnings
-import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -25,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import data
+from .checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from .functional import check_choice
-from .models import MODELS, InputSpec, LeNet
+from .models import MODELS, InputSpec, LeNet, classify, criterion
 
 CHECKPOINT, CONFIG, METRICS = "checkpoint.pt", "config.json", "metrics.csv"  # the files of a run folder
 
@@ -45,7 +43,7 @@ _REPORT_SECONDS = 0.1  # reading the loss waits for the device: not after every 
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on: a loss or parameter is not finite, or a checkpoint is unusable."""
+    """Training cannot go on: a loss or parameter is not finite."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +147,7 @@ class AutogradEngine:
 
     def __init__(self, model: nn.Module, input_spec: InputSpec, config: TrainConfig) -> None:
         self.model = model
+        self.criterion = criterion(model)
         self.input_spec = input_spec
         self.batch_size = config.batch_size
         self.dtype = _parameter_dtype(config)
@@ -184,12 +183,12 @@ class AutogradEngine:
             targets = labels.index_select(0, batch)
             with self.autocast:
                 outputs = self.model(inputs)
-                loss = F.cross_entropy(outputs, targets)
+                loss = self.criterion(outputs, targets)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
             losses[step] = loss.detach()
-            correct += (outputs.detach().argmax(1) == targets).sum()
+            correct += (classify(self.model, outputs.detach()) == targets).sum()
             done += len(batch)
             on_step(done, losses[step])
         return losses, correct
@@ -226,7 +225,7 @@ def evaluate(model: nn.Module, input_spec: InputSpec, split: data.Split, batch_s
         batches = zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True)
         for images, labels in batches:
             outputs = model(input_spec.prepare(images.to(like.device), like.dtype))
-            correct += (outputs.argmax(1) == labels.to(like.device)).sum()
+            correct += (classify(model, outputs) == labels.to(like.device)).sum()
     model.train(was_training)
     return correct.item() / len(split.labels)
 
@@ -274,7 +273,7 @@ class Run:
 
         Raises:
             FileNotFoundError: no checkpoint there.
-            TrainingError: the checkpoint cannot be read.
+            CheckpointError: the checkpoint cannot be read.
             ValueError: a setting that contradicts the run's, fewer epochs than are finished, or other data.
         """
         folder = Path(folder)
@@ -355,7 +354,6 @@ class Run:
     def _save(self, history: list[Epoch]) -> None:
         """Bring the run folder up to date. The checkpoint counts; the other files show what is in it."""
         state = {
-            "format": _FORMAT,
             "config": asdict(self.config),
             "history": [asdict(epoch) for epoch in history],
             "model": self.model.state_dict(),
@@ -364,9 +362,7 @@ class Run:
             "data_crc32": self._data_crc32,
             "threads": torch.get_num_threads(),
         }
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write_atomically(self.folder / CHECKPOINT, buffer.getvalue())
+        save_checkpoint(self.folder / CHECKPOINT, state)
         write_atomically(self.folder / CONFIG, json.dumps(state["config"], indent=2).encode() + b"\n")
         table = io.StringIO(newline="")
         rows = csv.DictWriter(table, [field.name for field in fields(Epoch)], lineterminator="\n")
@@ -385,40 +381,3 @@ def _crc32(dataset: data.Dataset) -> int:
 
 def _not_finite(what: str, epoch: int) -> str:
     return f"{what} is not finite in epoch {epoch}: training diverged; a lower learning rate may help"
-
-
-_FORMAT = 1
-_KEYS = {"format", "config", "history", "model", "engine", "generator", "data_crc32", "threads"}
-
-
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a run's checkpoint, all tensors on the CPU.
-
-    Raises:
-        FileNotFoundError: there is none.
-        TrainingError: it is damaged, or no checkpoint of this package.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint; a run folder has one once its training starts")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if (damaged := archive.testzip()) is not None:  # torch.load does not look at the checksums
-                raise ValueError(f"checksum of {damaged}")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file fails in many ways: zipfile, unpickler, EOF, missing keys
-        reason = str(error).strip().partition("\n")[0]
-        raise TrainingError(f"{path}: the checkpoint is damaged or of another program ({reason})") from error
-    if not isinstance(checkpoint, dict) or checkpoint.keys() != _KEYS or checkpoint["format"] != _FORMAT:
-        raise TrainingError(f"{path}: not a checkpoint that this version of lenet_fast writes")
-    return checkpoint
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` in one step: an interruption leaves the old or the new file, whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import lenet_fast
-from lenet_fast import cli, data, train
+from lenet_fast import cli, data
+from lenet_fast.checkpoint import load_checkpoint
 
 LAST_LINE = r"loss \d\.\d{3}, train acc [01]\.\d{3}, test acc [01]\.\d{3}, [\d,]+\.\d examples/s on cpu"
 ENVIRONMENT = os.environ | {
@@ -97,7 +98,7 @@ def test_every_option_reaches_the_run(call, few, tmp_path):
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if name != "reference"]
     code, out, err = call("train", *flags, "--reference", "--run-dir", "results")
     assert (code, err) == (0, "")
-    assert train.load_checkpoint("results/checkpoint.pt")["config"] == options
+    assert load_checkpoint("results/checkpoint.pt")["config"] == options
     assert "lenet5-d2l, plain PyTorch twin" in out
 
 
@@ -111,7 +112,7 @@ def test_resume_goes_on_and_a_finished_run_says_so(call, few):
     code, out, err = call("train", "--resume", "run", "--epochs", 3)
     assert (code, err) == (0, "")
     assert "epochs 2 to 3" in out
-    assert [epoch["epoch"] for epoch in train.load_checkpoint("run/checkpoint.pt")["history"]] == [1, 2, 3]
+    assert [epoch["epoch"] for epoch in load_checkpoint("run/checkpoint.pt")["history"]] == [1, 2, 3]
 
 
 def test_missing_matplotlib_is_one_line(call, few, monkeypatch):
@@ -128,7 +129,7 @@ def test_expected_errors_are_one_line_and_leave_nothing(call, few):
     Path("broken").mkdir()
     Path("broken/checkpoint.pt").write_text("no checkpoint")
     for arguments, message in (
-        (["--model", "lenet6"], "model: expected one of 'lenet5', 'lenet5-d2l', got 'lenet6'"),
+        (["--model", "lenet6"], "model: expected one of 'lenet1', 'lenet5', 'lenet5-d2l', 'lenet5-1998', got 'lenet6'"),
         (["--epochs", "0"], "epochs: expected an int of at least 1, got 0"),
         (["--lr", "nan"], "lr: expected a finite number above 0, got nan"),
         (["--device", "cuda:99"], "device: 'cuda:99' is not available"),
@@ -195,7 +196,7 @@ def uninterrupted(tmp_path_factory):
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
     assert "\x1b" not in out  # no terminal: no bar, no colours
-    return train.load_checkpoint(folder / "run" / "checkpoint.pt")
+    return load_checkpoint(folder / "run" / "checkpoint.pt")
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
@@ -207,7 +208,7 @@ def test_interrupted_process_resumes_bit_for_bit(tmp_path, uninterrupted, how):
     time.sleep(0.1)  # into the second epoch
     process.send_signal(how)
     _, err = process.communicate(timeout=60)
-    saved = train.load_checkpoint(tmp_path / "a run" / "checkpoint.pt")
+    saved = load_checkpoint(tmp_path / "a run" / "checkpoint.pt")
     finished = len(saved["history"])
     assert 1 <= finished < 4
     if how == signal.SIGKILL:
@@ -222,7 +223,7 @@ def test_interrupted_process_resumes_bit_for_bit(tmp_path, uninterrupted, how):
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
     assert f"epochs {finished + 1} to 4" in out
-    resumed = train.load_checkpoint(tmp_path / "a run" / "checkpoint.pt")
+    resumed = load_checkpoint(tmp_path / "a run" / "checkpoint.pt")
     assert resumed["config"] == uninterrupted["config"]
     assert torch.equal(resumed["generator"], uninterrupted["generator"])
     for key, value in uninterrupted["model"].items():

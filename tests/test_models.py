@@ -10,8 +10,12 @@ from torch import nn
 
 from lenet_fast import models
 from lenet_fast.models import MODELS, InputSpec
+from lenet_fast.nn import ConvActPool2d, MAPLoss
+from lenet_fast.tables import LENET5_C3
 
 NAMES = list(MODELS)
+PLAIN_NAMES = [name for name in NAMES if name != "lenet5-1998"]  # torch.nn has layers for all they do
+PARAMETERS = {"lenet1": 3_246, "lenet5": 61_706, "lenet5-d2l": 61_706, "lenet5-1998": 60_000}
 
 
 def build(name, seed=0, **factory):
@@ -25,18 +29,18 @@ def random_input(model, batch=3):
 
 
 def test_registry_has_the_command_line_names():
-    assert MODELS["lenet5"] is models.lenet5
-    assert MODELS["lenet5-d2l"] is models.lenet5_d2l
+    functions = {"lenet1": models.lenet1, "lenet5": models.lenet5, "lenet5-d2l": models.lenet5_d2l}
+    assert {**functions, "lenet5-1998": models.lenet5_1998} == MODELS
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_shapes_and_parameters(name):
     model = build(name)
-    assert sum(p.numel() for p in model.parameters()) == 61_706
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
     assert model(random_input(model)).shape == (3, 10)
     assert model(random_input(model)[0]).shape == (10,)
     assert model(random_input(model, batch=0)).shape == (0, 10)
-    assert {"c1", "c3", "c5", "f6", "output"} <= dict(model.named_children()).keys()
+    assert {"c1", "c3", "output"} <= dict(model.named_children()).keys()
 
 
 def test_lenet5_d2l_starts_from_xavier_uniform_weights_and_default_biases():
@@ -55,11 +59,14 @@ def test_twin_is_plain_torch_and_computes_the_same(name, dtype):
     model = build(name, dtype=dtype)
     twin = model.reference()
     assert type(twin) is nn.Sequential
-    assert {type(layer).__module__.split(".")[0] for layer in twin.modules()} == {"torch"}
+    if name in PLAIN_NAMES:
+        assert {type(layer).__module__.split(".")[0] for layer in twin.modules()} == {"torch"}
+    assert not any(isinstance(layer, ConvActPool2d) for layer in twin.modules())
+    assert all(getattr(layer, "backend", "reference") == "reference" for layer in twin.modules())
     x = random_input(model)
     torch.testing.assert_close(model(x), twin(x))
-    model(x).logsumexp(1).sum().backward()
-    twin(x).logsumexp(1).sum().backward()
+    for network in (model, twin):
+        models.criterion(network)(network(x), torch.tensor([3, 1, 4])).backward()
     for own, other in zip(model.parameters(), twin.parameters(), strict=True):
         assert other.dtype == dtype
         torch.testing.assert_close(own.grad, other.grad)
@@ -71,6 +78,8 @@ def test_twin_layers_are_named_as_in_the_paper():
     convolutions = ["c1", "c1_act", "s2", "c3", "c3_act", "s4"]
     assert names["lenet5"] == [*convolutions, "c5", "c5_act", "flatten", *ends]
     assert names["lenet5-d2l"] == [*convolutions, "flatten", "c5", "c5_act", *ends]
+    assert names["lenet1"] == [*convolutions, "flatten", "output"]
+    assert names["lenet5-1998"] == ["c1", "c3", "c5", "c5_act", "flatten", *ends]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -102,11 +111,102 @@ def test_twin_shares_nothing_and_keeps_training_flag_and_frozen_parameters(name)
     assert all(torch.equal(kept[key], value) for key, value in model.state_dict().items())
 
 
-def test_reference_of_an_activation_that_torch_lacks_is_refused():
-    model = build("lenet5")
-    model.c1.activation = "scaled_tanh"
-    with pytest.raises(ValueError, match=r"c1.*scaled_tanh"):
-        model.reference()
+# --- LeNet-5 as in 1998 ---------------------------------------------------------------------------
+
+
+def test_1998_has_the_parameters_of_the_paper_layer_by_layer():
+    counts = {name: sum(p.numel() for p in layer.parameters()) for name, layer in build("lenet5-1998").named_children()}
+    assert counts["c1"] == 156 + 12  # C1 and S2
+    assert counts["c3"] == 1_516 + 32  # C3 and S4
+    assert {name: counts[name] for name in ("c5", "f6", "output")} == {"c5": 48_120, "f6": 10_164, "output": 0}
+
+
+def test_1998_has_the_connections_of_the_paper_layer_by_layer():
+    counts = models.connection_counts(build("lenet5-1998"), (1, 1, 32, 32))
+    paper = {"c1": 122_304, "s2": 5_880, "c3": 151_600, "s4": 2_000, "c5": 48_120, "f6": 10_164}
+    assert counts == {**paper, "output": 840}
+    assert sum(paper.values()) == 340_068
+
+
+def test_1998_starts_within_2_4_over_the_fan_in_of_each_unit():
+    model = build("lenet5-1998")
+    weights = model.c3.weight.split(model.c3.connections.fan_in())
+    units = [(weight, len(weight) * 25) for weight in weights]
+    units += [(model.c1.weight, 25), (model.c1.bias, 25), (model.c5.weight, 400), (model.f6.weight, 120)]
+    units += [(layer.coefficient, 4) for layer in (model.c1, model.c3)]
+    for values, fan_in in units:
+        assert 0.3 * 2.4 / fan_in < values.abs().max() <= 2.4 / fan_in
+    assert {len(weight) for weight in weights} == {3, 4, 6}
+
+
+def test_1998_classifies_by_the_smallest_distance_and_trains_with_map_loss():
+    model = build("lenet5-1998")
+    for network in (model, model.reference()):
+        assert isinstance(models.criterion(network), MAPLoss)
+        assert models.classify(network, torch.tensor([[5.0, 1.0, 3.0], [2.0, 4.0, 9.0]])).tolist() == [1, 0]
+    linear = models.lenet5_1998(output="linear", connections=None)
+    assert isinstance(models.criterion(linear), nn.CrossEntropyLoss)
+    assert models.classify(linear, torch.tensor([[5.0, 1.0], [2.0, 4.0]])).tolist() == [0, 1]
+    assert sum(p.numel() for p in linear.parameters()) == 60_000 + 900 + 850  # 96 connections and a dense output
+    with pytest.raises(ValueError, match=r"output: .*'softmax'"):
+        models.lenet5_1998(output="softmax")
+
+
+# --- options --------------------------------------------------------------------------------------
+
+VARIANTS = {
+    "max pooling and ReLU": lambda: models.lenet5_d2l(pool="max", activation="relu"),
+    "windows of 3": lambda: models.lenet5_d2l(kernel_size=3),
+    "windows of 7 and 3": lambda: models.lenet5_d2l(kernel_size=(7, 3), padding=(3, 1)),
+    "wider": lambda: models.lenet5_d2l(channels=(20, 50), dense=(500,)),
+    "deeper": lambda: models.lenet5_d2l(
+        channels=(6, 16, 32),
+        kernel_size=(5, 5, 3),
+        padding=(2, 0, 1),
+        pool=("avg", "avg", "none"),
+        dense=(120, 100, 84),
+    ),
+    "no hidden layer": lambda: models.lenet5_d2l(dense=()),
+    "sparse": lambda: models.lenet5_d2l(connections=LENET5_C3),
+    "lenet5 sparse": lambda: models.lenet5(connections=LENET5_C3, activation="scaled_tanh", pool="avg"),
+    "lenet5 of windows of 3": lambda: models.lenet5(kernel_size=3, channels=(8, 12)),
+    "lenet1 with ReLU": lambda: models.lenet1(activation="relu", pool="max"),
+}
+
+
+@pytest.mark.parametrize("make", VARIANTS.values(), ids=VARIANTS)
+def test_variants_agree_with_their_twins(make):
+    torch.manual_seed(0)
+    model = make().double()
+    twin = model.reference()
+    twin.load_state_dict(model.state_dict(), strict=True)
+    x = random_input(model)
+    assert model(x).shape == (3, 10)
+    torch.testing.assert_close(model(x), twin(x))
+
+
+def test_sparse_xavier_uses_the_fan_in_of_each_map():
+    layer = models.lenet5_d2l(connections=LENET5_C3).c3
+    for maps, weight in zip(layer.connections.fan_in(), layer.weight.split(layer.connections.fan_in()), strict=True):
+        bound = math.sqrt(6 / (25 * maps + 250))  # each input map has 10 connections
+        assert 0.8 * bound < weight.abs().max() <= bound
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"channels": ()}, r"channels: .*\(\)"),
+        ({"channels": (6, 16, 32), "kernel_size": (5, 5)}, r"kernel_size: .* each of the 3"),
+        ({"pool": ("avg",)}, "pool: .* each of the 2"),
+        ({"kernel_size": 11, "padding": 0}, "channels: nothing is left of the image after c3"),
+        ({"channels": (6, 16), "connections": torch.ones(16, 5, dtype=torch.bool)}, r"connections: .*\(16, 6\) for c3"),
+        ({"channels": (6,), "connections": LENET5_C3}, "channels: expected at least 2"),
+        ({"activation": "gelu"}, r"activation: .*'gelu'"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        models.lenet5_d2l(**options)
 
 
 @pytest.mark.parametrize("name", NAMES)
