@@ -69,7 +69,7 @@ def train(
     lr: Annotated[
         float | None,
         typer.Option(
-            help="Learning rate of the first epoch.",
+            help="Highest learning rate.",
             show_default=", ".join(f"{rate:g} for {name}" for name, rate in OPTIMIZERS.items()),
         ),
     ] = TrainConfig.lr,
@@ -77,7 +77,7 @@ def train(
         str, typer.Option(help=f"Course of the learning rate. {_one_of(SCHEDULES)}")
     ] = TrainConfig.schedule,
     momentum: Annotated[float, typer.Option(help="Of sgd.")] = TrainConfig.momentum,
-    weight_decay: Annotated[float, typer.Option(help="L2 penalty.")] = TrainConfig.weight_decay,
+    weight_decay: Annotated[float, typer.Option(help="L2 penalty; of adamw decoupled.")] = TrainConfig.weight_decay,
     seed: Annotated[int, typer.Option(help="Of initial weights and shuffling.")] = TrainConfig.seed,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = TrainConfig.device,
     dtype: Annotated[str, typer.Option(help=f"{_one_of(DTYPES)} bfloat16 is autocast.")] = TrainConfig.dtype,

@@ -17,7 +17,7 @@ import math
 import time
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,20 @@ from .models import MODELS, InputSpec, LeNet, classify, criterion
 
 CHECKPOINT, CONFIG, METRICS = "checkpoint.pt", "config.json", "metrics.csv"  # the files of a run folder
 
-OPTIMIZERS: dict[str, float] = {"adam": 2e-3, "sgd": 0.1}  # name -> default learning rate
+OPTIMIZERS: dict[str, float] = {"adam": 2e-3, "adamw": 2e-3, "sgd": 0.1}  # name -> default learning rate
+
+_WARM_UP = 0.3  # of a one-cycle run
+
+
+def _fall(done: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
 SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the run done -> share of the learning rate
-    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "cosine": _fall,
+    "one-cycle": lambda done: (
+        1 - 0.96 * _fall(done / _WARM_UP) if done < _WARM_UP else _fall((done - _WARM_UP) / (1 - _WARM_UP))
+    ),
     "constant": lambda done: 1.0,
 }
 DTYPES = ("float32", "float64", "bfloat16")
@@ -52,8 +63,9 @@ class TrainConfig:
 
     Args:
         dataset: a name of `data.DATASETS`; None is "mnist" when there is a data_dir, else "mnist-10k".
-        lr: learning rate of the first epoch; None is the optimizer's default.
-        schedule: "cosine" lets the rate fall towards 0 from epoch to epoch, "constant" does not.
+        lr: highest learning rate; None is the optimizer's default.
+        schedule: course of the rate from step to step: "cosine" falls to 0, "one-cycle" rises from 1/25 for the first
+            30 % and then falls to 0, "constant" stays.
         momentum: of SGD.
         device: "auto" is CUDA where PyTorch has it, else the CPU.
         dtype: "float32", "float64", or "bfloat16" (autocast; the parameters stay float32).
@@ -105,9 +117,10 @@ class TrainConfig:
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise ValueError(f"weight_decay: expected a finite number >= 0, got {self.weight_decay!r}")
 
-    def learning_rate(self, epoch: int) -> float:
-        """Learning rate of `epoch`, counted from 0."""
-        return self.lr * SCHEDULES[self.schedule](epoch / self.epochs)
+    def learning_rates(self, epoch: int, steps: int) -> list[float]:
+        """Learning rate of each of the `steps` of `epoch`, counted from 0."""
+        schedule = SCHEDULES[self.schedule]
+        return [self.lr * schedule((epoch + step / steps) / self.epochs) for step in range(steps)]
 
 
 def _resolve_device(name: str) -> torch.device:
@@ -132,7 +145,7 @@ class Epoch:
     """One finished epoch, a row of metrics.csv. Loss and train accuracy are of the batches as trained on."""
 
     epoch: int
-    learning_rate: float
+    learning_rate: float  # of the first step
     loss: float
     train_accuracy: float
     test_accuracy: float
@@ -154,25 +167,26 @@ class AutogradEngine:
         self.autocast = torch.autocast(
             torch.device(config.device).type, torch.bfloat16, enabled=config.dtype == "bfloat16"
         )
-        if config.optimizer == "adam":  # fused=True: a third of the time on the CPU
-            self.optimizer: torch.optim.Optimizer = torch.optim.Adam(
-                model.parameters(), config.lr, weight_decay=config.weight_decay, fused=True
-            )
-        else:
-            self.optimizer = torch.optim.SGD(
-                model.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-            )
+        parameters, common = model.parameters(), {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
+        self.optimizer: torch.optim.Optimizer = {  # fused: a third of the time on the CPU
+            "adam": lambda: torch.optim.Adam(parameters, **common),
+            "adamw": lambda: torch.optim.AdamW(parameters, **common),
+            "sgd": lambda: torch.optim.SGD(parameters, momentum=config.momentum, **common),
+        }[config.optimizer]()
 
     def run_epoch(
-        self, images: Tensor, labels: Tensor, order: Tensor, lr: float, on_step: Callable[[int, Tensor], None]
+        self,
+        images: Tensor,
+        labels: Tensor,
+        order: Tensor,
+        learning_rates: Sequence[float],
+        on_step: Callable[[int, Tensor], None],
     ) -> tuple[Tensor, Tensor]:
-        """Train once on every image, in batches along `order`, a permutation of their indices.
+        """Train once on every image, in batches along `order`, a permutation of their indices; a rate for each batch.
 
         `on_step` gets the number of images done and the mean loss of the batch after every step.
         Returns, on the device, the mean loss of each batch (steps,) and the number of images it got right.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         self.model.train()
         batches = order.split(self.batch_size)
         losses = torch.empty(len(batches), dtype=self.dtype, device=images.device)
@@ -186,6 +200,8 @@ class AutogradEngine:
                 loss = self.criterion(outputs, targets)
             self.optimizer.zero_grad()
             loss.backward()
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rates[step]
             self.optimizer.step()
             losses[step] = loss.detach()
             correct += (classify(self.model, outputs.detach()) == targets).sum()
@@ -328,7 +344,7 @@ class Run:
 
     def _run_epoch(self, on_step: Callable[[int, float], None] | None) -> Epoch:
         number, size = len(self.history) + 1, len(self._train.labels)
-        lr = self.config.learning_rate(number - 1)
+        rates = self.config.learning_rates(number - 1, math.ceil(size / self.config.batch_size))
         reported = started = time.perf_counter()
 
         def report(done: int, loss: Tensor) -> None:
@@ -342,14 +358,14 @@ class Run:
                     on_step(done, value)
 
         order = torch.randperm(size, generator=self.generator, device=self.config.device)
-        losses, correct = self.engine.run_epoch(self._train.images, self._train.labels, order, lr, report)
+        losses, correct = self.engine.run_epoch(self._train.images, self._train.labels, order, rates, report)
         sizes = torch.tensor([len(batch) for batch in order.split(self.config.batch_size)], dtype=torch.float64)
         loss = (losses.to("cpu", torch.float64) @ sizes).item() / size  # waits for the device, so before the clock
         seconds = time.perf_counter() - started
         if not math.isfinite(loss):
             raise TrainingError(_not_finite("the loss", number))
         test_accuracy = evaluate(self.model, self.input_spec, self._test)
-        return Epoch(number, lr, loss, correct.item() / size, test_accuracy, seconds, size / seconds)
+        return Epoch(number, rates[0], loss, correct.item() / size, test_accuracy, seconds, size / seconds)
 
     def _save(self, history: list[Epoch]) -> None:
         """Bring the run folder up to date. The checkpoint counts; the other files show what is in it."""

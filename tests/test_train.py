@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import math
+import os
 import re
 import warnings
 import zipfile
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lenet_fast import checkpoint, data, plots, train
+from lenet_fast import data, models, plots, train
 from lenet_fast.checkpoint import CheckpointError, load_checkpoint
 from lenet_fast.data import Dataset, Split
 from lenet_fast.train import Run, TrainConfig, TrainingError
@@ -54,37 +55,43 @@ def losses(dataset, **changes):
         run._train.images,
         run._train.labels,
         torch.randperm(len(run._train.labels), generator=run.generator),
-        run.config.lr,
+        [run.config.lr] * STEPS,
         lambda done, loss: seen.append(loss.item()),
     )
     assert len(seen) == STEPS
     return torch.tensor(seen, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("model", ["lenet5", "lenet5-d2l"])
+MODELS = list(models.MODELS)
+
+
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(
     "options",
     [
         {"optimizer": "adam", "weight_decay": 1e-3},
+        {"optimizer": "adamw", "weight_decay": 0.1},
         {"optimizer": "sgd", "lr": 0.05},
         {"optimizer": "sgd", "lr": 0.02, "momentum": 0.9},
     ],
 )
 def test_float64_training_equals_the_twins(digits, model, options):
-    options |= {"model": model, "batch_size": 16, "dtype": "float64"}
+    options = {**options, "model": model, "batch_size": 16, "dtype": "float64"}
+    if model == "lenet5-1998":  # its loss starts near 170
+        options["lr"] = 1e-4 if options["optimizer"] == "sgd" else 2e-3
     fused, twin = losses(digits, **options), losses(digits, **options, reference=True)
     assert (fused - fused[0]).abs().max() > 0.05  # it does train
     torch.testing.assert_close(fused, twin, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("model", ["lenet5", "lenet5-d2l"])
+@pytest.mark.parametrize("model", MODELS)
 def test_float32_training_equals_the_twins_to_rounding(digits, model):
     """Median of five seeds: now and then a rounding error decides a ReLU's sign or a maximum, and the paths part."""
     deviations = []
     for seed in range(5):
         options = {"model": model, "batch_size": 8, "lr": 1e-3, "seed": seed}
         fused, twin = losses(digits, **options), losses(digits, **options, reference=True)
-        deviations.append((fused - twin).abs().max().item())
+        deviations.append(((fused - twin) / fused.abs().clamp_min(1)).abs().max().item())
     assert sorted(deviations)[2] <= 2e-6, deviations
 
 
@@ -114,6 +121,7 @@ def test_a_seed_fixes_the_run_and_leaves_the_global_generator(few):
     "options",
     [
         {"optimizer": "adam", "lr": 1e-2, "weight_decay": 0.1},
+        {"optimizer": "adamw", "lr": 1e-2, "weight_decay": 0.1},
         {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.1},
     ],
 )
@@ -122,11 +130,13 @@ def test_training_is_the_loop_anyone_would_write(few, options):
     model = copy.deepcopy(run.model)
     generator = torch.Generator().manual_seed(0)
     numbers = {name: value for name, value in options.items() if name != "optimizer"}
-    optimizer = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[options["optimizer"]](model.parameters(), **numbers)
+    optimizers = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+    optimizer = optimizers[options["optimizer"]](model.parameters(), **numbers)
     inputs = run.input_spec.prepare(few.train.images, torch.float64)
     for epoch in range(2):
-        optimizer.param_groups[0]["lr"] = options["lr"] * (1, 0.5)[epoch]  # the cosine's values
-        for batch in torch.randperm(200, generator=generator).split(70):
+        for step, batch in enumerate(torch.randperm(200, generator=generator).split(70)):
+            share = (epoch * 3 + step) / 6
+            optimizer.param_groups[0]["lr"] = options["lr"] * (1 + math.cos(math.pi * share)) / 2
             optimizer.zero_grad()
             F.cross_entropy(model(inputs[batch]), few.train.labels[batch]).backward()
             optimizer.step()
@@ -164,12 +174,20 @@ def test_evaluate_is_the_same_for_every_batch_size_and_keeps_the_training_flag(f
     assert run.model.training
 
 
-def test_learning_rate_falls_along_the_cosine_or_stays():
-    cosine = config(lr=0.8, epochs=4)
-    assert [cosine.learning_rate(epoch) for epoch in (0, 2)] == [0.8, pytest.approx(0.4)]
-    assert cosine.learning_rate(3) == pytest.approx(0.4 * (1 + math.cos(0.75 * math.pi)))
-    constant = config(lr=0.8, schedule="constant")
-    assert [constant.learning_rate(epoch) for epoch in range(4)] == [0.8] * 4
+def test_learning_rate_follows_its_schedule_from_step_to_step():
+    def rates(schedule):
+        one = config(lr=0.8, epochs=4, schedule=schedule)
+        return [rate for epoch in range(4) for rate in one.learning_rates(epoch, steps=5)]
+
+    assert rates("constant") == [0.8] * 20
+    cosine = rates("cosine")
+    assert cosine == pytest.approx([0.4 * (1 + math.cos(math.pi * step / 20)) for step in range(20)])
+    cycle = rates("one-cycle")
+    assert cycle[0] == pytest.approx(0.8 / 25)
+    assert cycle[6] == max(cycle) == pytest.approx(0.8)  # after 30 %
+    assert cycle[:7] == sorted(cycle[:7])
+    assert cycle[6:] == sorted(cycle[6:], reverse=True)
+    assert cycle[-1] < 0.02
 
 
 @pytest.mark.parametrize("dtype", train.DTYPES)
@@ -277,14 +295,14 @@ def test_resume_trims_what_is_ahead_of_the_checkpoint(tmp_path, few):
 
 def test_a_failing_disk_leaves_the_last_checkpoint(tmp_path, few, monkeypatch):
     run = Run.create(config(), tmp_path, dataset=few)
-    replace = checkpoint.os.replace
+    replace = os.replace
 
     def fail_after_third_epoch(source, target):
         if len(run.history) == 2:
             raise OSError(28, "No space left on device")
         replace(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "replace", fail_after_third_epoch)
+    monkeypatch.setattr(os, "replace", fail_after_third_epoch)
     with pytest.raises(OSError, match="No space left"):
         run.fit()
     monkeypatch.undo()
@@ -390,8 +408,8 @@ def test_resume_without_or_with_a_damaged_checkpoint(tmp_path, few):
     [
         ({"model": "lenet6"}, "model: .*'lenet5', 'lenet5-d2l', .*got 'lenet6'"),
         ({"dataset": "cifar"}, "dataset: .*'mnist-10k', 'mnist', 'fashion-mnist', got 'cifar'"),
-        ({"optimizer": "lion"}, "optimizer: .*'adam', 'sgd', got 'lion'"),
-        ({"schedule": "step"}, "schedule: .*'cosine', 'constant', got 'step'"),
+        ({"optimizer": "lion"}, "optimizer: .*'adam', 'adamw', 'sgd', got 'lion'"),
+        ({"schedule": "step"}, "schedule: .*'cosine', 'one-cycle', 'constant', got 'step'"),
         ({"dtype": "float16"}, "dtype: .*'float32', 'float64', 'bfloat16', got 'float16'"),
         ({"epochs": 0}, "epochs: .*at least 1, got 0"),
         ({"epochs": 2.5}, "epochs: .*int .*2.5"),
