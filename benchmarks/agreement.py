@@ -9,6 +9,7 @@ OUTPUT = "output"
 OUTPUT_FACTOR = 2  # times PyTorch's own error
 GRADIENT_FACTOR = 3
 FLOOR = 4  # times the dtype's epsilon: where PyTorch happens to be all but exact
+INDUCTOR_SLACK = 4  # its sums over a batch are less exact than eager's: seen were 17 epsilon where eager has 2
 
 Results = Mapping[str, Tensor]  # OUTPUT and gradients by name
 
@@ -17,8 +18,10 @@ class Disagreement(Exception):
     """A contestant computes something else, or less exactly, than PyTorch does."""
 
 
-def check(contestant: str, results: Results, *, truth: Results, own: Results) -> None:
+def check(contestant: str, results: Results, *, truth: Results, own: Results, slack: int = 1) -> None:
     """Compare the results of a contestant with `truth` (float64), allowing for the error of PyTorch's `own`.
+
+    `slack` multiplies what is allowed; never for an operator of ours.
 
     Raises:
         Disagreement: naming the contestant, the result, its error and what is allowed.
@@ -32,12 +35,12 @@ def check(contestant: str, results: Results, *, truth: Results, own: Results) ->
             )
         factor = OUTPUT_FACTOR if name == OUTPUT else GRADIENT_FACTOR
         own_error = _error(peer, expected)
-        bound = factor * own_error + FLOOR * torch.finfo(peer.dtype).eps
+        bound = slack * (factor * own_error + FLOOR * torch.finfo(peer.dtype).eps)
         error = _error(actual, expected)
         if not error <= bound:  # also where it is NaN
             raise Disagreement(
                 f"{contestant}: {name}: off by {error:.2e} of its largest value, allowed are {bound:.2e}: "
-                f"{factor} x PyTorch's own {own_error:.2e} + {FLOOR} epsilon"
+                f"{slack} x ({factor} x PyTorch's own {own_error:.2e} + {FLOOR} epsilon)"
             )
 
 

@@ -1,18 +1,24 @@
 """Test error and training time of every model on every data set, each beside its plain PyTorch twin.
 
     python benchmarks/bench_models.py --data-dir mnist=FOLDER --csv benchmarks/results/models.csv
-    python benchmarks/bench_models.py --csv benchmarks/results/models.csv --table     # the README's table from the rows
+    python benchmarks/bench_models.py --csv benchmarks/results/models.csv --speed benchmarks/results/models_speed.csv \\
+        --data-dir mnist=FOLDER                                                 # seconds a pass, on a quiet machine
+    python benchmarks/bench_models.py --csv benchmarks/results/models.csv --speed benchmarks/results/models_speed.csv \\
+        --table                                                                 # the README's table from the rows
 
 A row that the CSV has already is not run again. The twin starts from the same weights and trains on the same batches.
+Speed is measured apart, one pass of each in turn, because the runs to the full accuracy are too long to keep a machine
+quiet.
 """
 
 import argparse
 import csv
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from rows import environment
 
 from lenet_fast import data
 from lenet_fast.train import Run, TrainConfig
@@ -88,15 +94,34 @@ def measure(recipe: Recipe, seed: int, reference: bool, folders: dict[str, str])
         "seed": seed,
         "test_error_percent": round(100 * (1 - history[-1].test_accuracy), 3),
         "train_loss": round(history[-1].loss, 6),
-        "seconds": round(sum(epoch.seconds for epoch in history), 1),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
 
 
-def table(rows: list[dict[str, str]]) -> str:
+def measure_speed(model: str, folders: dict[str, str], rounds: int = 5) -> dict:
+    """Median seconds of a pass over MNIST, fused and twin in turn in one process."""
+    recipe = next(recipe for recipe in RECIPES if recipe.model == model)
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    dataset = data.load("mnist", folders.get("mnist"))
+    for _ in range(rounds):
+        for reference in seconds:
+            (epoch,) = Run(replace(recipe.config(0, reference, None), epochs=1), dataset=dataset).fit()
+            seconds[reference].append(epoch.seconds)
+    return {
+        "model": model,
+        "batch_size": recipe.batch_size,
+        "seconds_a_pass": round(statistics.median(seconds[False]), 3),
+        "twin_seconds_a_pass": round(statistics.median(seconds[True]), 3),
+        "ratio": round(statistics.median(t / f for f, t in zip(*seconds.values(), strict=True)), 3),
+        "rounds": rounds,
+        **environment(),
+    }
+
+
+def table(rows: list[dict[str, str]], speed: list[dict[str, str]]) -> str:
     lines = [
-        "| model | data set | training | test error | twin | published | seconds | twin |",
+        "| model | data set | training | test error | twin | published | seconds a pass | twin |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for recipe in RECIPES:
@@ -108,13 +133,13 @@ def table(rows: list[dict[str, str]]) -> str:
         error = f"{errors[0]:.2f} %"
         if len(errors) > 1:
             error = f"{statistics.mean(errors):.2f} ± {statistics.stdev(errors):.2f} % ({len(errors)} seeds)"
-        seconds = statistics.median(float(r["seconds"]) for r in fused)
+        (rate,) = [r for r in speed if r["model"] == recipe.model]
         how = f"{recipe.optimizer} {recipe.lr:g}, {recipe.schedule}, batch {recipe.batch_size}"
         lines.append(
             f"| {recipe.model} | {recipe.dataset} | {recipe.epochs} epochs, {recipe.note or how} | {error} "
-            f"| {twin[0]['test_error_percent'] + ' %' if twin else ''} "
+            f"| {format(float(twin[0]['test_error_percent']), '.2f') + ' %' if twin else ''} "
             f"| {PUBLISHED.get((recipe.model, recipe.dataset), '') if not recipe.note else ''} "
-            f"| {seconds:.0f} | {float(twin[0]['seconds']) if twin else float('nan'):.0f} |"
+            f"| {float(rate['seconds_a_pass']):.1f} | {float(rate['twin_seconds_a_pass']):.1f} |"
         )
     return "\n".join(lines)
 
@@ -125,16 +150,21 @@ def main() -> None:
     parser.add_argument("--data-dir", action="append", default=[], metavar="DATASET=FOLDER")
     parser.add_argument("--models", default="", help="only these, e.g. lenet1,lenet5")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--speed", type=Path, help="measure the seconds of a pass into this new file, or read them")
     parser.add_argument("--table", action="store_true", help="print the table of the rows so far and stop")
     options = parser.parse_args()
     if options.table:
-        print(table(read_rows(options.csv)))
+        print(table(read_rows(options.csv), read_rows(options.speed) if options.speed else []))
         return
     torch.set_num_threads(options.threads)
     folders = dict(entry.split("=", 1) for entry in options.data_dir)
     unknown = folders.keys() - set(data.DATASETS)
     if unknown:
         parser.error(f"--data-dir: expected one of {', '.join(data.DATASETS)} before '=', got {', '.join(unknown)}")
+    if options.speed:
+        for model in dict.fromkeys(recipe.model for recipe in RECIPES):
+            append_row(options.speed, measure_speed(model, folders))
+        return
     wanted = options.models.split(",") if options.models else {recipe.model for recipe in RECIPES}
     for recipe in RECIPES:
         runs = [(seed, False) for seed in range(recipe.seeds)] + [(0, True)]

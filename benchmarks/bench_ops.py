@@ -4,7 +4,7 @@ import itertools
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,85 +16,17 @@ import rows
 import torch
 import torch.nn.functional as F
 import typer
+from layers import LAYERS, OURS, PLAIN, Case, Contestant, Layer, Parameters, build_fused, store_dense
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from lenet_fast import backends
-from lenet_fast.nn import ConvActPool2d
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}  # float64 is the judge
-VARIANTS = (("sigmoid", "avg"), ("relu", "max"))  # as in lenet5_d2l and in lenet5
 PASSES = ("forward", "forward+backward")
-OURS = "fused"
 RACE_COLUMNS = ("layer", "activation", "pool", "pass")
-
-_ACTIVATIONS = {"sigmoid": nn.Sigmoid, "relu": nn.ReLU}
-_POOLS = {"avg": nn.AvgPool2d, "max": nn.MaxPool2d}
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """One way to run a layer. `build` makes a module with the parameters weight, bias in this order."""
-
-    build: Callable[["Case"], nn.Module]
-    memory_format: torch.memory_format = torch.contiguous_format
-    compiled: bool = False
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A layer of LeNet-5 and who competes on it."""
-
-    in_channels: int
-    out_channels: int
-    size: int  # height and width of the input
-    padding: int
-    needs_input_grad: bool
-    contestants: Mapping[str, Contestant]
-    kernel_size: int = 5
-
-    def flops(self, passes: str) -> int:
-        """Of the convolution per image, its gradients included; nothing counted twice that is recomputed."""
-        side = self.size + 2 * self.padding - self.kernel_size + 1
-        forward = 2 * self.in_channels * self.out_channels * self.kernel_size**2 * side**2
-        return forward if passes == "forward" else forward * (2 + self.needs_input_grad)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A layer with its activation and pooling."""
-
-    layer: Layer
-    activation: str
-    pool: str
-
-
-def build_fused(case: Case) -> nn.Module:
-    layer = case.layer
-    sizes = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.padding)
-    return ConvActPool2d(*sizes, activation=case.activation, pool=case.pool)
-
-
-def build_plain(case: Case) -> nn.Sequential:
-    layer = case.layer
-    conv = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, padding=layer.padding)
-    return nn.Sequential(conv, _ACTIVATIONS[case.activation](), _POOLS[case.pool](2))
-
-
-DENSE = {
-    OURS: Contestant(build_fused),
-    "eager": Contestant(build_plain),
-    "eager-channels-last": Contestant(build_plain, memory_format=torch.channels_last),
-    "compile": Contestant(build_plain, compiled=True),
-    "compile-channels-last": Contestant(build_plain, memory_format=torch.channels_last, compiled=True),
-}
-LAYERS = {
-    # Nobody asks for the gradient of the images, so in training the first layer computes none.
-    "c1": Layer(1, 6, size=28, padding=2, needs_input_grad=False, contestants=DENSE),
-    "c3": Layer(6, 16, size=14, padding=0, needs_input_grad=True, contestants=DENSE),
-}
 
 
 @dataclass(frozen=True)
@@ -102,23 +34,24 @@ class Operands:
     """The tensors that every contestant of a case gets, each in its own memory format."""
 
     input: Tensor
-    weight: Tensor
-    bias: Tensor
+    parameters: Parameters  # of the fused layer
     grad_output: Tensor
 
     @classmethod
     def make(cls, case: Case, batch: int, dtype: torch.dtype) -> "Operands":
-        """The same random values at every call."""
+        """The same random values at every call; no two maps alike, also where a layer starts with constants."""
+        layer = case.layer
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            weight, bias = (parameter.detach().to(dtype) for parameter in build_plain(case).parameters())
-            input = torch.rand(batch, case.layer.in_channels, case.layer.size, case.layer.size).to(dtype)
-            conv = F.conv2d(input.double(), weight.double(), bias.double(), padding=case.layer.padding)
-            stable = _stable(conv, case, dtype)
-            return cls(input, weight, bias, torch.randn(stable.shape).to(dtype) * stable)
+            starts = [parameter.detach() for parameter in build_fused(case).parameters()]
+            parameters = [(start + 0.05 * torch.randn_like(start)).to(dtype) for start in starts]
+            input = torch.rand(batch, layer.in_channels, layer.size, layer.size).to(dtype)
+            weight, bias, *_ = (parameter.double() for parameter in store_dense(layer, parameters))
+            stable = _stable(F.conv2d(input.double(), weight, bias, padding=layer.padding), case, dtype)
+            return cls(input, parameters, torch.randn(stable.shape).to(dtype) * stable)
 
     def double(self) -> "Operands":
-        return Operands(*(tensor.double() for tensor in vars(self).values()))
+        return Operands(self.input.double(), [each.double() for each in self.parameters], self.grad_output.double())
 
 
 def _stable(conv: Tensor, case: Case, dtype: torch.dtype) -> Tensor:
@@ -145,11 +78,12 @@ def _stable(conv: Tensor, case: Case, dtype: torch.dtype) -> Tensor:
 
 
 def prepare(contestant: Contestant, case: Case, operands: Operands, passes: str) -> harness.Run:
-    """The call to be timed; it returns the output, after "forward+backward" followed by the gradients."""
+    """The call to be timed; it returns the output, after "forward+backward" followed by its own gradients."""
     module = contestant.build(case).to(operands.input.dtype)
     with torch.no_grad():
-        for parameter, value in zip(module.parameters(), (operands.weight, operands.bias), strict=True):
-            parameter.copy_(value)
+        values = contestant.store(case.layer, operands.parameters)
+        for parameter, value in zip(module.parameters(), values, strict=True):
+            parameter.copy_(value.view_as(parameter))
     module.to(memory_format=contestant.memory_format)
     input = operands.input.clone(memory_format=contestant.memory_format)
     input.requires_grad_(case.layer.needs_input_grad)
@@ -170,14 +104,33 @@ def prepare(contestant: Contestant, case: Case, operands: Operands, passes: str)
     return forward_and_backward
 
 
-def results(run: harness.Run, case: Case, passes: str) -> agreement.Results:
-    """Call once; the results by name."""
-    values = run() if passes != "forward" else (run(),)
-    names = [agreement.OUTPUT]
-    if passes != "forward":
-        inputs = ["input"] if case.layer.needs_input_grad else []
-        names += [f"gradient of {name}" for name in (*inputs, "weight", "bias")]
-    return dict(zip(names, values, strict=True))
+def results(run: harness.Run, contestant: Contestant, case: Case, passes: str) -> agreement.Results:
+    """Call once; the results by name, the gradients of parameters in the layout of the fused layer."""
+    if passes == "forward":
+        return {agreement.OUTPUT: run()}
+    output, *gradients = run()
+    named = {agreement.OUTPUT: output}
+    if case.layer.needs_input_grad:
+        named["gradient of input"] = gradients.pop(0)
+    parameters = dict(build_fused(case).named_parameters())
+    gradients = _as_in_the_fused_layer(gradients, contestant, case.layer, list(parameters.values()))
+    return named | {f"gradient of {name}": each for name, each in zip(parameters, gradients, strict=True)}
+
+
+def _as_in_the_fused_layer(
+    gradients: Parameters, contestant: Contestant, layer: Layer, parameters: Parameters
+) -> Parameters:
+    """Gradients of a contestant's parameters as gradients of `parameters`, the fused layer's.
+
+    Their elements are numbered from 1 and the numbers stored: where number n went, the gradient of element n is.
+    """
+    sizes = [parameter.numel() for parameter in parameters]
+    numbers = torch.arange(1, sum(sizes) + 1).split(sizes)
+    numbers = [number.view_as(parameter) for number, parameter in zip(numbers, parameters, strict=True)]
+    flat = gradients[0].new_zeros(1 + sum(sizes))  # 0 takes those of absent connections
+    for stored, gradient in zip(contestant.store(layer, numbers), gradients, strict=True):
+        flat[stored.flatten()] = gradient.flatten()
+    return [part.view_as(parameter) for part, parameter in zip(flat[1:].split(sizes), parameters, strict=True)]
 
 
 def measure(
@@ -198,13 +151,15 @@ def measure(
     """
     torch.compiler.reset()  # no guards of earlier races to check, no limit on recompilations reached
     operands = Operands.make(case, batch, dtype)
-    plain = Contestant(build_plain)
-    runs = {name: prepare(case.layer.contestants[name], case, operands, passes) for name in contestants}
-    judge, own = (prepare(plain, case, each, passes) for each in (operands.double(), operands))
+    chosen = {name: case.layer.contestants[name] for name in contestants}
+    runs = {name: prepare(contestant, case, operands, passes) for name, contestant in chosen.items()}
+    judge, own = (prepare(PLAIN, case, each, passes) for each in (operands.double(), operands))
     with torch.inference_mode() if passes == "forward" else nullcontext():
-        truth, own_results = (results(run, case, passes) for run in (judge, own))
+        truth, own_results = (results(run, PLAIN, case, passes) for run in (judge, own))
         for name, run in runs.items():
-            agreement.check(name, results(run, case, passes), truth=truth, own=own_results)
+            found = results(run, chosen[name], case, passes)
+            slack = agreement.INDUCTOR_SLACK if chosen[name].compiled else 1
+            agreement.check(name, found, truth=truth, own=own_results, slack=slack)
         return harness.race(runs, rounds=rounds, sample_seconds=sample_seconds, probe=probe)
 
 
@@ -212,7 +167,7 @@ def print_table(table: Iterable[rows.Row]) -> None:
     """The rows as a table, a section for every race."""
     printed = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for heading in ("", "us a call", "of peak", "time / fused"):
-        printed.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+        printed.add_column(heading, justify="right" if heading else "left", no_wrap=bool(heading))
     for race, group in itertools.groupby(table, key=operator.itemgetter(*RACE_COLUMNS)):
         printed.add_section()
         printed.add_row(f"[bold]{' '.join(race)}")
@@ -246,8 +201,8 @@ def main(
     csv: Annotated[Path | None, typer.Option(dir_okay=False, help="Write the rows here.")] = None,
 ) -> None:
     """Race the fused operators against PyTorch; refuses where results disagree."""
-    chosen_layers = _some_of("--layers", LAYERS, layers)
-    known = list(dict.fromkeys(itertools.chain(*(layer.contestants for layer in LAYERS.values()))))
+    chosen_layers = {name: LAYERS[name] for name in _some_of("--layers", LAYERS, layers)}
+    known = list(dict.fromkeys(itertools.chain(*(layer.contestants for layer in chosen_layers.values()))))
     chosen = known if rivals is None else [OURS, *_some_of("--rivals", known, rivals)]
     (dtype,) = _some_of("--dtype", DTYPES, dtype)
     if csv is not None and not csv.parent.is_dir():
@@ -259,13 +214,14 @@ def main(
     probe = harness.SgemmProbe()
 
     races = []
-    for name, (activation, pool), passes in itertools.product(chosen_layers, VARIANTS, PASSES):
-        layer = LAYERS[name]
-        key = dict(zip(RACE_COLUMNS, (name, activation, pool, passes), strict=True))
+    cases = [(name, Case(layer, *variant)) for name, layer in chosen_layers.items() for variant in layer.variants]
+    for (name, case), passes in itertools.product(cases, PASSES):
+        layer = case.layer
+        key = dict(zip(RACE_COLUMNS, (name, case.activation, case.pool, passes), strict=True))
         print(*key.values(), "...", file=sys.stderr)
         try:
             race = measure(
-                Case(layer, activation, pool),
+                case,
                 passes,
                 [contestant for contestant in layer.contestants if contestant in chosen],
                 batch=batch,

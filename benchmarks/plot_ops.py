@@ -1,5 +1,6 @@
 """Draws the rows that bench_ops.py wrote: a panel for each pass, a bar for each contestant."""
 
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated
 
@@ -25,32 +26,40 @@ def draw(table: list[dict[str, str]], path: Path) -> None:
     except ImportError as error:
         raise ImportError("matplotlib is not installed; `pip install matplotlib` draws it") from error
 
-    passes, contestants = (list(dict.fromkeys(row[column] for row in table)) for column in ("pass", "contestant"))
-    figure = Figure(figsize=(11, 4 * len(passes)), layout="constrained")  # not pyplot: no window, no global state
+    passes, contestants, layers = (
+        list(dict.fromkeys(map(key, table))) for key in (itemgetter("pass"), itemgetter("contestant"), _layer)
+    )
+    size = (2 + 1.6 * len(layers), 4 * len(passes))
+    figure = Figure(figsize=size, layout="constrained")  # not pyplot: no window, no global state
     first = table[0]
     peak = float(first["sgemm_peak_gflops"])
     figure.suptitle(
         f"{first['cpu']}, {first['isa']}, {first['threads']} threads, batch {first['batch']}, {first['dtype']}, "
         f"PyTorch {first['torch']}, {first['date']}"
     )
+    width = 0.85 / len(contestants)
     for axes, one_pass in zip(np.ravel(figure.subplots(len(passes), 1)), passes, strict=True):
         shown = [row for row in table if row["pass"] == one_pass]
-        layers = list(dict.fromkeys(map(_layer, shown)))
-        width = 0.8 / len(contestants)
-        for index, contestant in enumerate(contestants):
-            bars = [row for row in shown if row["contestant"] == contestant]
-            places = [layers.index(_layer(row)) + index * width for row in bars]
-            drawn = axes.bar(places, [float(row["gflops"]) for row in bars], width, label=contestant)
-            axes.bar_label(drawn, [f"{float(row['ratio']):.1f}" for row in bars], fontsize=8)
+        groups = [[row for row in shown if _layer(row) == layer] for layer in layers]
+        for contestant in contestants:
+            bars = [
+                (place + (index - (len(group) - 1) / 2) * width, row)  # a group has no gap for who is not in it
+                for place, group in enumerate(groups)
+                for index, row in enumerate(group)
+                if row["contestant"] == contestant
+            ]
+            places, heights = [place for place, _ in bars], [float(row["gflops"]) for _, row in bars]
+            drawn = axes.bar(places, heights, width, label=contestant)
+            axes.bar_label(drawn, [f"{float(row['ratio']):.1f}" for _, row in bars], fontsize=6)
         axes.axhline(peak, color="gray", linestyle="--", label="fastest matrix product")
-        axes.set_xticks(np.arange(len(layers)) + 0.4 - width / 2, layers)
+        axes.set_xticks(range(len(layers)), layers)
         axes.set(ylabel="GFLOP/s", title=f"{one_pass} (on the bars: time / fused)")
-        axes.legend(fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=120)
 
 
 def _layer(row: dict[str, str]) -> str:
-    return f"{row['layer']} {row['activation']}+{row['pool']}"
+    return f"{row['layer']}\n{row['activation']}\n{row['pool']}"
 
 
 def main(

@@ -520,11 +520,15 @@ void conv_act_pool_backward(const ConvActPoolBackward<T>& p, int64_t begin, int6
       with_activation_and_pool(g.activation, g.pool, [&]<Activation A, Pool P>() {
         for (int64_t map = 0; map < g.out_channels; ++map) {
           const Subsample<T> subsample(p.coefficient, p.subsample_bias, map);
+          Vec<T> sums[3]{};  // of this block alone first: shorter chains of additions round less
           for_each_conv_tile<K, T>(block, map, [&](const auto& z, int columns, int64_t y, int64_t x) {
             differentiate_tile<A, P, T>(z, columns, grad_output + map * height * width, height, width,
                                         block.workspace + planes.grads + map * planes.rows * planes.columns,
-                                        planes.columns, valid, y, x, subsample, block.map_sums(map));
+                                        planes.columns, valid, y, x, subsample, sums);
           });
+          for (int i = 1; P == Pool::subsample && i < 3; ++i) {
+            block.map_sums(map)[i] += sums[i];
+          }
           if (p.sums.weight != nullptr) {
             weight_gradient<K, T>(block, map);
           }
