@@ -26,10 +26,16 @@ $(VENV)/.installed: $(VENV)/.requirements pyproject.toml $(SOURCES)
 	@$(PIP) install --no-build-isolation --no-deps --config-settings editable_mode=compat -e .
 	@touch $@
 
+# What only the tests of interchange need (Flax, Lightning, ONNX): 0.9 GB.
+$(VENV)/.interop: $(VENV)/.installed requirements-interop.txt
+	@echo "installing requirements-interop.txt for the tests"
+	@$(PIP) install -r requirements-interop.txt
+	@touch $@
+
 train: install
 	$(BIN)/lenet-fast train
 
-test: install
+test: install $(VENV)/.interop
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.requirements

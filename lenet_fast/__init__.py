@@ -2,5 +2,6 @@
 
 from . import functional, models, nn, tables
 from ._version import __version__
+from .accelerate import accelerate, restore
 
-__all__ = ["__version__", "functional", "models", "nn", "tables"]
+__all__ = ["__version__", "accelerate", "functional", "models", "nn", "restore", "tables"]

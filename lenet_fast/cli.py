@@ -1,11 +1,11 @@
-"""The command line: `lenet-fast train` and `lenet-fast env`, also as `python -m lenet_fast`."""
+"""The command line: `lenet-fast train`, `eval`, `predict`, `figures` and `env`, also as `python -m lenet_fast`."""
 
 import shlex
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
@@ -16,11 +16,12 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from torch import nn
 
-from . import data, env, plots
-from .checkpoint import CheckpointError
-from .models import MODELS
-from .train import CHECKPOINT, DTYPES, OPTIMIZERS, SCHEDULES, Epoch, Run, TrainConfig, TrainingError
+from . import data, env, figures, images, plots
+from .checkpoint import CheckpointError, load_checkpoint
+from .models import MODELS, InputSpec, classify, criterion
+from .train import CHECKPOINT, DTYPES, OPTIMIZERS, SCHEDULES, Epoch, Run, TrainConfig, TrainingError, build_model
 
 app = typer.Typer(
     help="Train LeNets with fused kernels.",
@@ -155,6 +156,148 @@ def _print_result(run: Run) -> None:
         f"loss {last.loss:.3f}, train acc {last.train_accuracy:.3f}, test acc {last.test_accuracy:.3f}, "
         f"{rate:,.1f} examples/s on {run.config.device}"
     )
+
+
+# ---- Using a trained network
+
+_Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A run folder, or its checkpoint.pt.")]
+_Dataset = Annotated[str | None, typer.Option(help=_one_of(data.DATASETS), show_default="that of the run")]
+_DataDir = Annotated[
+    Path | None, typer.Option(help="Folder with the data set's IDX files.", show_default="that of the run")
+]
+_Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: _Checkpoint, dataset: _Dataset = None, data_dir: _DataDir = None, device: _Device = "auto"
+) -> None:
+    """Test a trained network: loss, accuracy and the errors of each class."""
+    config, model, input_spec = _load_trained(checkpoint, device)
+    whole = _load_data(config, dataset, data_dir)
+    labels = whole.test.labels
+    outputs = images.outputs(model, input_spec, whole.test.images)
+    loss = criterion(model)(outputs, labels).item()
+    wrong = classify(model, outputs) != labels
+    print(f"data    {whole.name}, {len(labels):,} test images: {whole.source}")
+    errors = wrong.sum().item()
+    rate = 100 * errors / len(labels)
+    print(f"test    loss {loss:.4f}, accuracy {100 - rate:.2f} %, error rate {rate:.2f} %, {errors:,} errors")
+    width = max(len("class"), *map(len, whole.classes))
+    print(f"{'class':{width}}  images  errors  error rate")
+    counts = torch.bincount(labels, minlength=10).tolist(), torch.bincount(labels[wrong], minlength=10).tolist()
+    for name, count, errors in zip(whole.classes, *counts, strict=True):
+        print(f"{name:{width}}  {count:6,}  {errors:6,}  {100 * errors / max(1, count):8.2f} %")
+
+
+@app.command()
+def predict(
+    checkpoint: _Checkpoint,
+    pictures: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="PNG or JPEG pictures of a drawn digit.")],
+    save: Annotated[Path, typer.Option(help="Picture of what the network saw, as PNG.")] = Path("seen.png"),
+    device: _Device = "auto",
+) -> None:
+    """Name the digit in each picture: any size, any colours, dark on light or light on dark."""
+    config, model, input_spec = _load_trained(checkpoint, device)
+    names = data.CLASSES[config.dataset]
+    if names != data.CLASSES["mnist"]:
+        warnings.warn(f"the network was trained on {config.dataset}; the pictures are read as digits", stacklevel=1)
+    if save.resolve() in (picture.resolve() for picture in pictures):
+        raise ValueError(f"--save: {save} is one of the pictures to read; name another")
+    digits, captions = [], []
+    try:
+        images.check_replaceable(save)
+        for picture in pictures:
+            try:
+                digit = images.read_digit(picture)
+            except (images.ImageError, OSError) as error:
+                print(f"lenet-fast: error: {error}", file=sys.stderr)
+                continue
+            outputs = images.outputs(model, input_spec, digit.pixels[None])
+            caption, details = _answer(model, outputs, names)
+            print(f"{picture}: {caption}; {details}")
+            digits.append(digit)
+            captions.append(caption)
+        if digits:
+            images.save_png(images.seen_picture(digits, input_spec, captions), save)
+            print(f"what the network saw: {save}")
+    except ImportError as error:
+        _exit(f"error: {error}", code=1)
+    if len(digits) < len(pictures):
+        raise SystemExit(1)
+
+
+def _answer(model: nn.Module, outputs: torch.Tensor, names: Sequence[str]) -> tuple[str, str]:
+    """In words, from outputs (1, C): the class with its probability, and what else the network says."""
+    is_distance = images.measures_distance(model)
+    share = images.probabilities(model, outputs)[0]
+    best, second = outputs[0].argsort(descending=not is_distance)[:2].tolist()
+    answer, details = (f"{names[index]}, probability {share[index]:.3f}" for index in (best, second))
+    if is_distance:  # the posterior leaves at least one half to "none of them"
+        details += f"; no digit, probability {1 - share.sum():.3f}; distance {outputs[0, best]:.3g}"
+    return answer, f"runner-up {details}"
+
+
+@app.command("figures")
+def draw_figures(
+    checkpoint: _Checkpoint,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the pictures.", show_default="figures in the run folder")
+    ] = None,
+    chosen: Annotated[
+        str, typer.Option("--images", help="Test images whose feature maps are shown, by index.")
+    ] = "0,1,2",
+    dataset: _Dataset = None,
+    data_dir: _DataDir = None,
+    device: _Device = "auto",
+) -> None:
+    """Draw a trained network: filters, feature maps, C3's wiring, confusions, worst mistakes, behaviour on noise."""
+    try:
+        indices = [int(index) for index in chosen.split(",")]
+    except ValueError:
+        raise ValueError(f"images: expected indices such as 0,1,2, got {chosen!r}") from None
+    config, model, input_spec = _load_trained(checkpoint, device)
+    whole = _load_data(config, dataset, data_dir)
+    study = figures.Study(model, input_spec, whole, f"{config.model} on {whole.name}")
+    folder = out or (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "figures"
+    try:
+        for path in figures.draw_all(study, folder, indices):
+            print(path)
+    except ImportError as error:
+        _exit(f"error: {error}", code=1)
+
+
+def _load_trained(path: Path, device: str) -> tuple[TrainConfig, nn.Module, InputSpec]:
+    """The network of a run folder or checkpoint, on `device`, and its run's settings. Says what it is."""
+    if path.is_dir():
+        path /= CHECKPOINT
+    checkpoint = load_checkpoint(path)
+    known = {field.name for field in fields(TrainConfig)}
+    if unknown := checkpoint["config"].keys() - known:
+        raise CheckpointError(f"{path}: written by another version of lenet_fast, with {', '.join(sorted(unknown))}")
+    config = TrainConfig(**(checkpoint["config"] | {"device": device}))
+    model, input_spec = build_model(config)
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: its parameters do not fit {config.model}") from error
+    kind = "plain PyTorch twin" if config.reference else "fused layers"
+    epochs = len(checkpoint["history"])
+    print(f"model   {config.model}, {kind}, {epochs} of {config.epochs} epochs on {config.dataset}; on {config.device}")
+    if epochs == 0:
+        warnings.warn(f"{path}: not trained yet, its weights are the initial ones", stacklevel=1)
+    return config, model.eval(), input_spec
+
+
+def _load_data(config: TrainConfig, name: str | None, folder: Path | None) -> data.Dataset:
+    """The data set asked for; what is left open is that of the run."""
+    if name is None:
+        name = "mnist" if folder is not None and config.dataset == "mnist-10k" else config.dataset
+    if folder is None and name == config.dataset:
+        folder = config.data_dir
+    if data.CLASSES.get(name) not in (None, data.CLASSES[config.dataset]):
+        warnings.warn(f"the network was trained on {config.dataset}, {name} has other classes", stacklevel=1)
+    return data.load(name, folder)
 
 
 class _Display:

@@ -1,0 +1,257 @@
+"""From the picture of a drawn digit to a network's answer: reading it as MNIST was made, and running the network.
+
+Reading needs Pillow, which is imported only then.
+"""
+
+import io
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import write_atomically
+from .models import InputSpec, criterion
+from .nn import MAPLoss
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MISSING = "Pillow is not installed; `pip install lenet-fast[plot]` brings it"
+SOFTWARE = "lenet-fast"  # the PNG text "Software" of our own pictures: they may be replaced, others not
+
+MAX_PIXELS = 50_000_000  # 200 MB while it is read
+_LONGEST_SIDE = 2000  # a larger picture is averaged down first
+_LEAST_CONTRAST = 25  # of 255, between ink and background
+_IN_THE_BOX = 0.2  # of the strongest ink: specks and blur do not widen the bounding box
+
+_FIELD, _BOX, _CENTRE = 28, 20, 14  # MNIST: the digit in 20x20, its centre of mass on pixel (14, 14) of 28x28
+
+_TILE, _CAPTION, _MOST_TILES = 140, 16, 100  # of the picture of what was seen: side and line height in pixels
+
+
+class ImageError(ValueError):
+    """A file is no picture that can be read, or no digit is to be seen in it. Names the file."""
+
+
+@dataclass(frozen=True, eq=False)
+class DrawnDigit:
+    """A picture's digit as MNIST has it, uint8 (28, 28), ink 255 on background 0, and the picture itself, small."""
+
+    name: str
+    pixels: Tensor
+    thumbnail: "Image.Image"
+
+
+# ---- Reading a picture
+
+
+def read_digit(path: str | Path) -> DrawnDigit:
+    """Read the digit in a PNG or JPEG picture of any size and colours, dark on light or light on dark.
+
+    The colour of the border is the background, what differs most from it the ink. As LeCun et al. (1998), section
+    III.A, made MNIST: the ink's bounding box is scaled to fit 20x20, with anti-aliasing and its aspect ratio kept,
+    and the centre of mass brought to the centre of 28x28. Transparent parts count as background.
+
+    Raises:
+        OSError: the file does not exist or cannot be opened.
+        ImageError: it is no PNG or JPEG picture, damaged, larger than 50 million pixels, or blank.
+        ImportError: Pillow is not installed.
+    """
+    path = Path(path)
+    picture = _open(path)
+    ink = _ink(np.asarray(picture, np.int16))
+    if ink is None:
+        raise ImageError(f"{path}: no digit to be seen, nothing stands out from the background")
+    thumbnail = picture.copy()
+    thumbnail.thumbnail((_TILE, _TILE))
+    return DrawnDigit(path.name, torch.from_numpy(_normalise(ink)), thumbnail)
+
+
+def _pillow() -> None:
+    try:
+        import PIL.Image  # noqa: F401
+    except ImportError as error:
+        raise ImportError(MISSING) from error
+
+
+def _open(path: Path) -> "Image.Image":
+    """The picture upright, in RGB, without transparency, no side above _LONGEST_SIDE."""
+    _pillow()
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if path.exists() and not path.is_file():  # a FIFO would hang, a device never end
+        raise ImageError(f"{path}: expected a picture, found no regular file")
+    with path.open("rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower
+        try:
+            image = Image.open(file, formats=("PNG", "JPEG"))
+            if (pixels := image.width * image.height) > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{image.width} x {image.height}, {pixels:,} pixels")
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+        except UnidentifiedImageError:
+            raise ImageError(f"{path}: expected a PNG or JPEG picture, found something else") from None
+        except Image.DecompressionBombError as error:
+            raise ImageError(f"{path}: expected at most {MAX_PIXELS:,} pixels, found more ({error})") from None
+        except Exception as error:  # a damaged picture fails in many ways: zlib, struct, EOF, SyntaxError
+            reason = str(error).strip().partition("\n")[0]
+            raise ImageError(f"{path}: the picture is damaged ({reason or type(error).__name__})") from error
+    if upright.mode.startswith("I"):  # 16 bits, which Pillow would clip
+        upright = Image.fromarray((np.asarray(upright, np.int64) // 257).astype(np.uint8))
+    rgba = upright.convert("RGBA")
+    if (factor := -(-max(rgba.size) // _LONGEST_SIDE)) > 1:
+        rgba = rgba.reduce(factor)
+    return _without_transparency(rgba)
+
+
+def _without_transparency(rgba: "Image.Image") -> "Image.Image":
+    """RGB, on black or white: that which what is visible stands out from."""
+    from PIL import Image
+
+    visible = np.asarray(rgba.getchannel("A"), np.float64)
+    grey = np.asarray(rgba.convert("L"))
+    is_light = (visible * grey).sum() > 127.5 * visible.sum()
+    paper = Image.new("RGBA", rgba.size, "black" if is_light else "white")
+    return Image.alpha_composite(paper, rgba).convert("RGB")
+
+
+def _ink(rgb: np.ndarray) -> np.ndarray | None:
+    """How much ink each pixel has, float32 (H, W) from 0 to 1, cut to the bounding box; None where there is none."""
+    height, width = rgb.shape[:2]
+    margin = 1 + min(height, width) // 50
+    border = np.ones((height, width), bool)
+    border[margin:-margin, margin:-margin] = False
+    difference = rgb - np.median(rgb[border], axis=0).astype(np.int16)
+    # Ink is darker than the background or lighter, whichever is the stronger contrast; in any of the colours.
+    contrast = max((-difference).max(-1), difference.max(-1), key=np.max)
+    # Paper is not of one colour: what a quarter of the border exceeds, doubled, is no ink yet. 0 for a drawing.
+    paper = 2 * np.quantile(contrast[border].clip(0), 0.75)
+    most = contrast.max()
+    if most - paper < _LEAST_CONTRAST:
+        return None
+    ink = ((contrast - paper) / (most - paper)).clip(0, 1).astype(np.float32)
+    rows, columns = (np.flatnonzero((ink > _IN_THE_BOX).any(axis)) for axis in (1, 0))
+    return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def _normalise(ink: np.ndarray) -> np.ndarray:
+    """Ink from 0 to 1 in its bounding box, to MNIST's form, uint8 (28, 28)."""
+    from PIL import Image
+
+    scale = _BOX / max(ink.shape)
+    height, width = (max(1, round(side * scale)) for side in ink.shape)
+    small = np.asarray(Image.fromarray(ink).resize((width, height), Image.Resampling.HAMMING)).clip(0)
+    small = small / small.max()  # a thin pen leaves grey strokes only; MNIST's are white
+    field = np.zeros((_FIELD, _FIELD), np.uint8)
+    mass = small.sum()
+    top, left = (
+        int(np.clip(round(_CENTRE - float(np.arange(side) @ small.sum(axis)) / mass), 0, _FIELD - side))
+        for side, axis in ((height, 1), (width, 0))
+    )
+    field[top : top + height, left : left + width] = np.rint(255 * small)
+    return field
+
+
+# ---- A network's answer
+
+
+def outputs(model: nn.Module, input_spec: InputSpec, images: Tensor, batch_size: int = 1000) -> Tensor:
+    """What `model` says to uint8 images (N, H, W): its outputs (N, 10), float64 on the CPU."""
+    like = next(model.parameters())
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        parts = [model(input_spec.prepare(part.to(like.device), like.dtype)) for part in images.split(batch_size)]
+    model.train(was_training)
+    return torch.cat(parts).to("cpu", torch.float64)
+
+
+def measures_distance(model: nn.Module) -> bool:
+    """Whether the outputs of `model` are distances, trained with the MAP criterion, and not scores."""
+    return isinstance(criterion(model), MAPLoss)
+
+
+def probabilities(model: nn.Module, outputs: Tensor) -> Tensor:
+    """Of each class, (N, C), from outputs (N, C): what the model's loss is the negative logarithm of.
+
+    A softmax, and for distances y the posterior exp(-y_c) / (exp(-j) + sum_i exp(-y_i)), LeCun et al. (1998),
+    section II.C: what is missing to 1 is "none of them".
+    """
+    loss = criterion(model)
+    if isinstance(loss, MAPLoss):
+        none = torch.full_like(outputs[:, :1], loss.j)
+        return torch.cat((outputs, none), 1).neg().softmax(1)[:, :-1]
+    return outputs.softmax(1)
+
+
+# ---- Pictures of our own
+
+
+def seen_picture(digits: Sequence[DrawnDigit], input_spec: InputSpec, captions: Sequence[str]) -> "Image.Image":
+    """Each of the first 100 digits beside what the network saw of it, the whole input with its padding."""
+    from PIL import Image, ImageDraw
+
+    shown = list(zip(digits, captions, strict=True))[:_MOST_TILES]
+    in_a_row = min(len(shown), 4)
+    width, height, gap = 2 * _TILE + 4, _TILE + 2 * _CAPTION, 12
+    rows = -(-len(shown) // in_a_row)
+    sheet = Image.new("RGB", (in_a_row * (width + gap) + gap, rows * (height + gap) + gap), "lightgrey")
+    draw = ImageDraw.Draw(sheet)
+    for index, (digit, caption) in enumerate(shown):
+        left, top = gap + index % in_a_row * (width + gap), gap + index // in_a_row * (height + gap)
+        for row, text in enumerate((digit.name, caption)):
+            draw.text((left, top + row * _CAPTION), _fitting(draw, text, width), fill="black")
+        top += 2 * _CAPTION
+        small = digit.thumbnail
+        sheet.paste(small, (left + (_TILE - small.width) // 2, top + (_TILE - small.height) // 2))
+        pixels = input_spec.prepare(digit.pixels[None])[0, 0] - input_spec.background
+        grey = (255 * pixels / (input_spec.foreground - input_spec.background)).round().to(torch.uint8).numpy()
+        seen = Image.fromarray(grey).resize((_TILE, _TILE), Image.Resampling.NEAREST)
+        sheet.paste(seen, (left + _TILE + 4, top))
+    return sheet
+
+
+def _fitting(draw: Any, text: str, width: int) -> str:
+    text = text[:80]  # so many never fit, and measuring takes its time
+    while draw.textlength(text) > width:
+        text = text[: -1 if text[-1] != "…" else -2] + "…"
+    return text
+
+
+def check_replaceable(path: str | Path) -> None:
+    """Refuse to write a picture to `path` when that would replace a file that is none of ours.
+
+    Raises:
+        FileExistsError: there is such a file.
+        ImportError: Pillow is not installed.
+    """
+    _pillow()
+    from PIL import Image
+
+    path = Path(path)
+    if not (path.exists() or path.is_symlink()):
+        return
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            if image.info.get("Software") == SOFTWARE:
+                return
+    except Exception:  # damaged or something else: in no case ours
+        pass
+    raise FileExistsError(f"{path}: exists and is no picture that lenet-fast wrote; name another")
+
+
+def save_png(picture: "Image.Image", path: str | Path) -> None:
+    """Write `picture` as PNG, marked as ours; raises as `check_replaceable`."""
+    from PIL.PngImagePlugin import PngInfo
+
+    check_replaceable(path)
+    mark = PngInfo()
+    mark.add_text("Software", SOFTWARE)
+    content = io.BytesIO()
+    picture.save(content, "PNG", pnginfo=mark)
+    write_atomically(Path(path), content.getvalue())

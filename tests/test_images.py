@@ -1,0 +1,344 @@
+"""Drawn digits: brought back to MNIST's form whatever they were drawn in, refused when unreadable; the answers."""
+
+import os
+import struct
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from lenet_fast import data, images, models
+from lenet_fast.images import DrawnDigit, ImageError, read_digit
+from lenet_fast.models import classify, criterion
+from lenet_fast.train import Run, TrainConfig
+
+COUNT = 30
+
+
+@pytest.fixture(scope="module")
+def network():
+    run = Run(TrainConfig(model="lenet5", epochs=2, device="cpu"))
+    run.fit()
+    assert run.history[-1].test_accuracy > 0.96
+
+    def classes(pixels):
+        return classify(run.model, images.outputs(run.model, run.input_spec, pixels))
+
+    return classes
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("mnist-10k").test.images[:COUNT]
+
+
+# --- Reading ----------------------------------------------------------------------------------------
+
+
+def coverage(digit, size, resample=Image.Resampling.BICUBIC):
+    """The digit as ink from 0 to 255 of another size."""
+    return Image.fromarray(digit.numpy()).resize((size, size), resample)
+
+
+def painted(digit, size, ink, paper, canvas=None, at=(0, 0), mode="RGB"):
+    """A drawing with `ink` on `paper`, on a canvas that may be larger than the digit."""
+    picture = Image.new(mode, canvas or (size, size), paper)
+    picture.paste(Image.new(mode, (size, size), ink), at, coverage(digit, size))
+    return picture
+
+
+def original(digit):
+    return Image.fromarray(digit.numpy())
+
+
+def blocks(digit):
+    return coverage(digit, 280, Image.Resampling.NEAREST).point(lambda value: 255 - value)
+
+
+def dark_on_light(digit):
+    return painted(digit, 333, "black", "white")
+
+
+def light_on_dark_and_small(digit):
+    return painted(digit, 45, "white", "black")
+
+
+def blue_on_cream_in_a_corner(digit):
+    return painted(digit, 230, "navy", "cornsilk", (700, 500), (460, 3))
+
+
+def yellow_on_green_of_equal_brightness(digit):
+    return painted(digit, 190, (150, 90, 0), (0, 141, 150), (300, 200), (7, 5))
+
+
+def faint(digit):
+    return painted(digit, 300, (205, 205, 205), (255, 255, 255), (420, 310), (90, 2))
+
+
+def black_on_nothing(digit):
+    picture = Image.new("RGBA", (250, 250), "black")
+    picture.putalpha(coverage(digit, 250))
+    return picture
+
+
+def white_on_nothing(digit):
+    picture = Image.new("RGBA", (250, 250), "white")
+    picture.putalpha(coverage(digit, 250))
+    return picture
+
+
+def grey_and_alpha(digit):
+    return black_on_nothing(digit).convert("LA")
+
+
+def palette(digit):
+    return painted(digit, 210, "maroon", "lightgrey").quantize(64)
+
+
+def palette_with_transparency(digit):
+    return black_on_nothing(digit).quantize(64)
+
+
+def one_bit(digit):
+    return coverage(digit, 400).point(lambda value: 255 * (value < 110)).convert("1")
+
+
+def sixteen_bit(digit):
+    return Image.fromarray(np.asarray(coverage(digit, 150), np.uint16) * 257)
+
+
+def sideways_as_a_camera_stores_it(digit):
+    picture = dark_on_light(digit).transpose(Image.Transpose.ROTATE_90)
+    picture.getexif()[0x0112] = 6  # turn by 90 degrees clockwise to see it
+    return picture
+
+
+def print_colours(digit):
+    return dark_on_light(digit).convert("CMYK")
+
+
+RENDERINGS = [  # how, file type, grey levels of 255 that a pixel may be off on average (measured, and a third more)
+    (original, "png", 0.4),
+    (blocks, "png", 3.0),
+    (dark_on_light, "png", 9.0),
+    (dark_on_light, "jpg", 9.0),
+    (light_on_dark_and_small, "png", 12.0),
+    (blue_on_cream_in_a_corner, "png", 9.0),
+    (blue_on_cream_in_a_corner, "jpg", 9.0),
+    (yellow_on_green_of_equal_brightness, "png", 9.0),
+    (faint, "png", 9.0),
+    (black_on_nothing, "png", 9.0),
+    (white_on_nothing, "png", 9.0),
+    (grey_and_alpha, "png", 9.0),
+    (palette, "png", 9.0),
+    (palette_with_transparency, "png", 9.0),
+    (one_bit, "png", 9.5),
+    (sixteen_bit, "png", 9.0),
+    (sideways_as_a_camera_stores_it, "jpg", 9.0),
+    (print_colours, "jpg", 9.0),
+]
+
+
+def read(picture, path):
+    options = {"exif": picture.getexif(), "quality": 90} if path.suffix == ".jpg" else {}
+    picture.save(path, **options)
+    return read_digit(path).pixels
+
+
+@pytest.mark.parametrize(("render", "kind", "bound"), RENDERINGS, ids=lambda value: getattr(value, "__name__", value))
+def test_a_drawn_mnist_digit_comes_back(digits, network, tmp_path, render, kind, bound):
+    found = torch.stack([read(render(digit), tmp_path / f"digit.{kind}") for digit in digits])
+    assert found.shape == digits.shape
+    assert found.dtype == torch.uint8
+    error = (found.double() - digits.double()).abs().mean().item()
+    print(f"{render.__name__}: {error:.2f}")
+    assert error <= bound
+    assert (network(found) != network(digits)).sum() <= 1  # of 30
+
+
+def test_place_and_inversion_and_scale_of_grey_do_not_matter(digits, tmp_path):
+    for digit in digits[:10]:
+        ink = coverage(digit, 200)
+        at_home = read(ink, tmp_path / "home.png")
+        canvas = Image.new("L", (777, 555), 0)
+        canvas.paste(ink, (577, 355))
+        assert torch.equal(read(canvas, tmp_path / "corner.png"), at_home)
+        assert torch.equal(read(canvas.point(lambda value: 255 - value), tmp_path / "inverted.png"), at_home)
+        assert (read(canvas.point(lambda value: value // 2), tmp_path / "grey.png").int() - at_home).abs().max() <= 3
+
+
+def test_a_photograph_of_paper_is_read(digits, network, tmp_path):
+    """Shading across the sheet, noise, JPEG."""
+    random = np.random.default_rng(0)
+    slope = np.linspace(0, 1, 500)
+    found = []
+    for digit in digits[:30]:
+        sheet = 200 - 40 * slope[:, None] - 20 * slope + random.normal(0, 5, (500, 500))
+        top, left = random.integers(20, 150, 2)
+        sheet[top : top + 300, left : left + 300] *= 1 - 0.7 / 255 * np.asarray(coverage(digit, 300), float)
+        picture = Image.fromarray((sheet[..., None] * [1, 0.97, 0.9]).clip(0, 255).astype(np.uint8))
+        found.append(read(picture, tmp_path / "photo.jpg"))
+    assert (network(torch.stack(found)) != network(digits[:30])).sum() <= 1
+
+
+@pytest.mark.parametrize("pen", [1, 2, 12])
+def test_the_form_is_mnists(tmp_path, pen):
+    """20 pixels on the longer side, the other one in proportion, full contrast, centre of mass at pixel (14, 14)."""
+    picture = Image.new("L", (640, 480), 255)
+    ImageDraw.Draw(picture).line([(100, 50), (220, 50), (100, 450)], fill=40, width=pen, joint="curve")
+    pixels = read(picture, tmp_path / "seven.png").double()
+    rows, columns = (pixels.amax(axis).nonzero().flatten() for axis in (1, 0))
+    assert len(rows) == rows[-1] - rows[0] + 1 == 20
+    assert abs((columns[-1] - columns[0] + 1) - 20 * 120 / 400) <= 1
+    assert pixels.max() == 255
+    for axis in (0, 1):
+        centre = (pixels.sum(1 - axis) @ torch.arange(28.0, dtype=torch.double)) / pixels.sum()
+        assert abs(centre - 14) <= 0.5
+
+
+def test_large_pictures_are_read_too(digits, network, tmp_path):
+    picture = painted(digits[0], 2500, "black", "white", (4100, 3000), (1500, 400))
+    assert network(read(picture, tmp_path / "large.png")[None]) == network(digits[:1])
+
+
+# --- Refusing ---------------------------------------------------------------------------------------
+
+
+def png_header(width, height):
+    """A sound PNG of that size, except that its pixels are missing."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def test_what_cannot_be_read_is_refused_by_name(digits, tmp_path):
+    path = tmp_path / "picture.png"
+    sound = tmp_path / "sound.png"
+    dark_on_light(digits[0]).save(sound)
+    for content, message in (
+        (b"", "expected a PNG or JPEG picture, found something else"),
+        (b"a seven", "expected a PNG or JPEG picture, found something else"),
+        (b"GIF89a" + bytes(100), "expected a PNG or JPEG picture, found something else"),
+        (sound.read_bytes()[:3000], "the picture is damaged"),
+        (b"\xff\xd8\xff\xe0 and no more", "PNG or JPEG|damaged"),
+        (png_header(28, 28), "the picture is damaged"),
+        (png_header(60_000, 60_000), "expected at most 50,000,000 pixels, found more"),  # Pillow's own limit
+        (png_header(10_000, 10_000), "expected at most 50,000,000 pixels, found more"),  # Pillow only warns
+        (png_header(8_000, 8_000), "expected at most 50,000,000 pixels, found more"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ImageError, match=message) as error:
+            read_digit(path)
+        assert str(error.value).startswith(f"{path}: ")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        Image.new("L", (300, 200), 255),
+        Image.new("RGB", (300, 200), "navy"),
+        Image.new("RGBA", (300, 200), (0, 0, 0, 0)),
+        Image.new("L", (1, 1), 0),
+        Image.new("L", (2, 5), 9),
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (100, 100), np.uint8)),
+        Image.fromarray((240 + np.random.default_rng(0).normal(0, 3, (100, 100))).astype(np.uint8)),
+    ],
+    ids=["white", "navy", "transparent", "one-pixel", "tiny", "noise", "paper"],
+)
+def test_a_blank_picture_is_refused(tmp_path, picture):
+    with pytest.raises(ImageError, match=r"blank\.png: no digit to be seen"):
+        read(picture, tmp_path / "blank.png")
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path, tmp_path / "pipe.png"):
+        with pytest.raises(ImageError, match=f"{path}: expected a picture, found no regular file"):
+            read_digit(path)
+    with pytest.raises(FileNotFoundError, match=r"none\.png"):
+        read_digit(tmp_path / "none.png")
+
+
+def test_missing_pillow_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    for call in (read_digit, images.check_replaceable):
+        with pytest.raises(ImportError, match=r"pip install lenet-fast\[plot\]"):
+            call(tmp_path / "picture.png")
+
+
+# --- Answers ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_the_loss_is_the_negative_logarithm_of_the_probability(name):
+    model = models.MODELS[name]()
+    outputs = 4 * torch.rand(5, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    shares = images.probabilities(model, outputs)
+    for row in range(5):
+        for label in range(10):
+            loss = criterion(model)(outputs[row : row + 1], torch.tensor([label]))
+            torch.testing.assert_close(shares[row, label], torch.exp(-loss))
+    assert torch.equal(shares.argmax(1), classify(model, outputs))
+    assert (shares.sum(1) < 0.99).all() == images.measures_distance(model) == (name == "lenet5-1998")
+
+
+def test_probabilities_of_far_outputs_are_finite():
+    for name in ("lenet5", "lenet5-1998"):
+        shares = images.probabilities(models.MODELS[name](), torch.linspace(900, 5000, 10, dtype=torch.float64)[None])
+        assert shares.isfinite().all()
+        assert shares.sum() <= 1
+
+
+def test_outputs_are_the_models_in_evaluation_mode_whatever_the_batch(digits):
+    model = models.lenet1().double()
+    model.train()
+    expected = model(model.input_spec.prepare(digits, torch.float64))
+    found = images.outputs(model, model.input_spec, digits, batch_size=7)
+    torch.testing.assert_close(found, expected.detach())
+    assert model.training
+
+
+# --- Our own pictures -------------------------------------------------------------------------------
+
+
+def test_the_picture_shows_what_the_network_saw(digits, tmp_path):
+    thumbnail = Image.new("RGB", (50, 80), "red")
+    drawn = [DrawnDigit(f"{'a very long name ' * 9}.png", digit, thumbnail) for digit in digits[:5]]
+    spec = models.lenet5_1998().input_spec
+    sheet = np.asarray(images.seen_picture(drawn, spec, ["7"] * 5).convert("L"))
+    top, left = 12 + 2 * 16, 12 + 140 + 4  # of the first input: 32 x 32 pixels in 140 x 140
+    padded = torch.nn.functional.pad(digits[0], (2, 2, 2, 2)).numpy()
+    seen = np.asarray(Image.fromarray(sheet[top : top + 140, left : left + 140]).resize((32, 32), 0))
+    assert np.abs(seen.astype(int) - padded).max() <= 1
+    many = images.seen_picture(drawn * 30, spec, ["7"] * 150)
+    assert many.size == images.seen_picture(drawn * 20, spec, ["7"] * 100).size
+
+
+def test_only_pictures_of_our_own_are_replaced(tmp_path):
+    picture = Image.new("RGB", (3, 3), "red")
+    images.save_png(picture, tmp_path / "own.png")
+    images.save_png(Image.new("RGB", (3, 3), "blue"), tmp_path / "own.png")
+    assert Image.open(tmp_path / "own.png").getpixel((0, 0)) == (0, 0, 255)
+    picture.save(tmp_path / "foreign.png")
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "link.png").symlink_to("nowhere")
+    for name in ("foreign.png", "text.png", "folder.png", "link.png"):
+        with pytest.raises(FileExistsError, match=f"{name}: exists and is no picture that lenet-fast wrote"):
+            images.save_png(picture, tmp_path / name)
+    assert (tmp_path / "text.png").read_text() == "no picture"
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "own.png",
+        "foreign.png",
+        "text.png",
+        "folder.png",
+        "link.png",
+    }
