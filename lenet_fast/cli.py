@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from torch import nn
 
-from . import data, env, figures, images, plots
+from . import data, env, figures, images, inference, plots
 from .checkpoint import CheckpointError, load_checkpoint
-from .models import MODELS, InputSpec, classify, criterion
+from .models import MODELS, InputSpec, classify, criterion, measures_distance
 from .train import CHECKPOINT, DTYPES, OPTIMIZERS, SCHEDULES, Epoch, Run, TrainConfig, TrainingError, build_model
 
 app = typer.Typer(
@@ -176,7 +176,7 @@ def evaluate(
     config, model, input_spec = _load_trained(checkpoint, device)
     whole = _load_data(config, dataset, data_dir)
     labels = whole.test.labels
-    outputs = images.outputs(model, input_spec, whole.test.images)
+    outputs = inference.outputs(model, input_spec, whole.test.images)
     loss = criterion(model)(outputs, labels).item()
     wrong = classify(model, outputs) != labels
     print(f"data    {whole.name}, {len(labels):,} test images: {whole.source}")
@@ -213,7 +213,7 @@ def predict(
             except (images.ImageError, OSError) as error:
                 print(f"lenet-fast: error: {error}", file=sys.stderr)
                 continue
-            outputs = images.outputs(model, input_spec, digit.pixels[None])
+            outputs = inference.outputs(model, input_spec, digit.pixels[None])
             caption, details = _answer(model, outputs, names)
             print(f"{picture}: {caption}; {details}")
             digits.append(digit)
@@ -229,8 +229,8 @@ def predict(
 
 def _answer(model: nn.Module, outputs: torch.Tensor, names: Sequence[str]) -> tuple[str, str]:
     """In words, from outputs (1, C): the class with its probability, and what else the network says."""
-    is_distance = images.measures_distance(model)
-    share = images.probabilities(model, outputs)[0]
+    is_distance = measures_distance(model)
+    share = inference.probabilities(model, outputs)[0]
     best, second = outputs[0].argsort(descending=not is_distance)[:2].tolist()
     answer, details = (f"{names[index]}, probability {share[index]:.3f}" for index in (best, second))
     if is_distance:  # the posterior leaves at least one half to "none of them"

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import data
-from .images import check_replaceable, measures_distance, outputs, probabilities, save_png
-from .models import InputSpec, classify
+from .images import check_replaceable, save_png
+from .inference import outputs, probabilities
+from .models import InputSpec, classify, measures_distance
 from .nn import FusedConv2d
 from .plots import MISSING
 from .reference import ACTIVATIONS

@@ -26,6 +26,7 @@ __all__ = [
     "lenet5",
     "lenet5_1998",
     "lenet5_d2l",
+    "measures_distance",
 ]
 
 
@@ -388,15 +389,16 @@ MODELS: dict[str, Callable[..., LeNet]] = {  # by command-line name
 }
 
 
-def _measures_distance(model: nn.Module) -> bool:
+def measures_distance(model: nn.Module) -> bool:
+    """Whether the outputs of `model` (a LeNet or its twin) are distances, and not scores."""
     return isinstance(list(model.children())[-1], RBF)
 
 
 def criterion(model: nn.Module) -> nn.Module:
     """The loss that `model` (a LeNet or its twin) is trained with: MAP for an RBF output, else cross-entropy."""
-    return MAPLoss() if _measures_distance(model) else nn.CrossEntropyLoss()
+    return MAPLoss() if measures_distance(model) else nn.CrossEntropyLoss()
 
 
 def classify(model: nn.Module, outputs: Tensor) -> Tensor:
     """Classes (N,) from outputs (N, C) of `model`: the smallest distance for an RBF output, else the largest score."""
-    return outputs.argmin(-1) if _measures_distance(model) else outputs.argmax(-1)
+    return outputs.argmin(-1) if measures_distance(model) else outputs.argmax(-1)

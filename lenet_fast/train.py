@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from . import data
 from .checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from .functional import check_choice
+from .inference import evaluate
 from .models import MODELS, InputSpec, LeNet, classify, criterion
 
 CHECKPOINT, CONFIG, METRICS = "checkpoint.pt", "config.json", "metrics.csv"  # the files of a run folder
@@ -229,21 +230,6 @@ def build_model(config: TrainConfig) -> tuple[nn.Module, InputSpec]:
 
 def _parameter_dtype(config: TrainConfig) -> torch.dtype:
     return torch.float64 if config.dtype == "float64" else torch.float32
-
-
-def evaluate(model: nn.Module, input_spec: InputSpec, split: data.Split, batch_size: int = 1000) -> float:
-    """Share of the images of `split` that `model` classifies rightly, on its own device and dtype."""
-    like = next(model.parameters())
-    was_training = model.training
-    model.eval()
-    correct = torch.zeros((), dtype=torch.int64, device=like.device)
-    with torch.inference_mode():
-        batches = zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True)
-        for images, labels in batches:
-            outputs = model(input_spec.prepare(images.to(like.device), like.dtype))
-            correct += (classify(model, outputs) == labels.to(like.device)).sum()
-    model.train(was_training)
-    return correct.item() / len(split.labels)
 
 
 class Run:

@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from lenet_fast import cli, data, images
+from lenet_fast import cli, data, images, inference
 from lenet_fast.checkpoint import load_checkpoint, save_checkpoint
+from lenet_fast.inference import evaluate
 from lenet_fast.models import MODELS
-from lenet_fast.train import Run, TrainConfig, evaluate
+from lenet_fast.train import Run, TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +158,7 @@ def test_predict_names_the_digits_that_were_drawn(call, runs, few, name):
     run = runs[name]
     with torch.no_grad():
         outputs = run.model(run.input_spec.prepare(few.test.images))
-        surest = images.probabilities(run.model, outputs).max(1).values.argsort(descending=True)[:3].tolist()
+        surest = inference.probabilities(run.model, outputs).max(1).values.argsort(descending=True)[:3].tolist()
         for index in surest:
             draw(few, index, f"{index}.png")
         code, out, err = call("predict", run.folder, *(f"{index}.png" for index in surest))

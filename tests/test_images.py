@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from lenet_fast import data, images, models
+from lenet_fast import data, images, inference, models
 from lenet_fast.images import DrawnDigit, ImageError, read_digit
 from lenet_fast.models import classify, criterion
 from lenet_fast.train import Run, TrainConfig
@@ -25,7 +25,7 @@ def network():
     assert run.history[-1].test_accuracy > 0.96
 
     def classes(pixels):
-        return classify(run.model, images.outputs(run.model, run.input_spec, pixels))
+        return classify(run.model, inference.outputs(run.model, run.input_spec, pixels))
 
     return classes
 
@@ -281,18 +281,20 @@ def test_missing_pillow_says_what_to_install(tmp_path, monkeypatch):
 def test_the_loss_is_the_negative_logarithm_of_the_probability(name):
     model = models.MODELS[name]()
     outputs = 4 * torch.rand(5, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    shares = images.probabilities(model, outputs)
+    shares = inference.probabilities(model, outputs)
     for row in range(5):
         for label in range(10):
             loss = criterion(model)(outputs[row : row + 1], torch.tensor([label]))
             torch.testing.assert_close(shares[row, label], torch.exp(-loss))
     assert torch.equal(shares.argmax(1), classify(model, outputs))
-    assert (shares.sum(1) < 0.99).all() == images.measures_distance(model) == (name == "lenet5-1998")
+    assert (shares.sum(1) < 0.99).all() == models.measures_distance(model) == (name == "lenet5-1998")
 
 
 def test_probabilities_of_far_outputs_are_finite():
     for name in ("lenet5", "lenet5-1998"):
-        shares = images.probabilities(models.MODELS[name](), torch.linspace(900, 5000, 10, dtype=torch.float64)[None])
+        shares = inference.probabilities(
+            models.MODELS[name](), torch.linspace(900, 5000, 10, dtype=torch.float64)[None]
+        )
         assert shares.isfinite().all()
         assert shares.sum() <= 1
 
@@ -301,7 +303,7 @@ def test_outputs_are_the_models_in_evaluation_mode_whatever_the_batch(digits):
     model = models.lenet1().double()
     model.train()
     expected = model(model.input_spec.prepare(digits, torch.float64))
-    found = images.outputs(model, model.input_spec, digits, batch_size=7)
+    found = inference.outputs(model, model.input_spec, digits, batch_size=7)
     torch.testing.assert_close(found, expected.detach())
     assert model.training
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lenet_fast import data, models, plots, train
+from lenet_fast import data, inference, models, plots, train
 from lenet_fast.checkpoint import CheckpointError, load_checkpoint
 from lenet_fast.data import Dataset, Split
 from lenet_fast.train import Run, TrainConfig, TrainingError
@@ -165,11 +165,13 @@ def test_history_counts_every_image_once(few, monkeypatch):
 
 def test_evaluate_is_the_same_for_every_batch_size_and_keeps_the_training_flag(few):
     run = Run(config(), dataset=few)
-    accuracies = {train.evaluate(run.model, run.input_spec, few.test, batch_size) for batch_size in (1, 7, 100, 1000)}
+    accuracies = {
+        inference.evaluate(run.model, run.input_spec, few.test, batch_size) for batch_size in (1, 7, 100, 1000)
+    }
     assert len(accuracies) == 1
     modes = []
     run.model.output.register_forward_hook(lambda layer, *_: modes.append(layer.training))
-    train.evaluate(run.model, run.input_spec, few.test)
+    inference.evaluate(run.model, run.input_spec, few.test)
     assert modes == [False]
     assert run.model.training
 
