@@ -108,20 +108,7 @@ def _unfused(name: str, layer: nn.Module) -> dict[str, nn.Module]:
         if isinstance(plain, FusedConv2d):
             plain.backend = "reference"
         return {name: plain}
-    conv = nn.utils.skip_init(  # draws no random numbers: the values are copied in below
-        nn.Conv2d,
-        layer.in_channels,
-        layer.out_channels,
-        layer.kernel_size,
-        padding=layer.padding,
-        bias=layer.bias is not None,
-        device=layer.weight.device,
-        dtype=layer.weight.dtype,
-    )
-    for own, copied in zip(layer.parameters(), conv.parameters(), strict=True):
-        copied.data.copy_(own.data)
-        copied.requires_grad_(own.requires_grad)
-    layers = {name: conv, f"{name}_act": _ACTIVATIONS[layer.activation]()}
+    layers = {name: layer.to_conv2d(), f"{name}_act": _ACTIVATIONS[layer.activation]()}
     if layer.pool != "none":
         layers[f"s{int(name[1:]) + 1}"] = _POOLS[layer.pool](2)
     return layers

@@ -85,6 +85,24 @@ class FusedConv2d(nn.Module):
             return self.weight
         return reference.dense_weight(self.weight, self.connections.indices, self.out_channels, self.in_channels)
 
+    def to_conv2d(self) -> nn.Conv2d:
+        """The convolution alone as an nn.Conv2d with the same values, 0 where there is no connection."""
+        conv = nn.utils.skip_init(  # draws no random numbers: the values are copied in below
+            nn.Conv2d,
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            padding=self.padding,
+            bias=self.bias is not None,
+            device=self.weight.device,
+            dtype=self.weight.dtype,
+        )
+        for name, values in (("weight", self.dense_weight()), ("bias", self.bias)):
+            if values is not None:
+                getattr(conv, name).data.copy_(values.detach())
+                getattr(conv, name).requires_grad_(getattr(self, name).requires_grad)
+        return conv
+
     def extra_repr(self) -> str:
         sparse = "" if self.connections is None else f"connections={len(self.connections)}, "
         return (
@@ -201,24 +219,6 @@ class SparseConvActPool2d(FusedConv2d):
             if conv.bias is not None:
                 layer.bias.copy_(conv.bias)
         return layer
-
-    def to_conv2d(self) -> nn.Conv2d:
-        """The convolution alone as an nn.Conv2d with the same values, 0 where there is no connection."""
-        conv = nn.utils.skip_init(
-            nn.Conv2d,
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            padding=self.padding,
-            bias=self.bias is not None,
-            device=self.weight.device,
-            dtype=self.weight.dtype,
-        )
-        with torch.no_grad():
-            conv.weight.copy_(self.dense_weight())
-            if self.bias is not None:
-                conv.bias.copy_(self.bias)
-        return conv
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, pool={self.pool!r}"
