@@ -51,7 +51,7 @@ RECIPES = [
     Recipe("lenet5-d2l", "mnist"),
     Recipe("lenet1", "fashion-mnist", lr=1e-2),
     Recipe("lenet5", "fashion-mnist", lr=2e-3),
-    Recipe("lenet5-d2l", "fashion-mnist"),
+    Recipe("lenet5-d2l", "fashion-mnist", lr=1e-2, weight_decay=0.01),
     Recipe("lenet5-1998", "fashion-mnist"),
     Recipe(
         "lenet5-d2l",
