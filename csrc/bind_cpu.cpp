@@ -61,11 +61,10 @@ void check_vector(const char* name, const std::optional<Tensor>& tensor, int64_t
   }
 }
 
-// `out_channels`: -1 for a dense weight, which tells itself.
-ConvGeometry check_conv(const Operands& operands, int64_t out_channels, int64_t padding, const Name& activation,
-                        Pool pool) {
+// `out_channels` counts for a packed weight; a dense one tells itself.
+ConvGeometry check_conv(const Operands& operands, bool dense, int64_t out_channels, int64_t padding,
+                        const Name& activation, Pool pool) {
   const auto& [input, weight, bias, coefficient, subsample_bias] = operands;
-  const bool dense = out_channels < 0;
   check_floating(input);
   check_like("weight", weight, input);
   if (input.dim() != 4 || input.size(1) == 0) {
@@ -81,8 +80,8 @@ ConvGeometry check_conv(const Operands& operands, int64_t out_channels, int64_t 
       fail("input: expected ", weight.size(1), " channels as weight has, got shape ", shape(input));
     }
   }
-  if (out_channels == 0) {
-    fail("weight: expected at least one output channel");
+  if (out_channels < 1) {
+    fail("out_channels: expected at least 1, got ", out_channels);
   }
   check_vector("bias", bias, out_channels, input);
   check_vector("coefficient", coefficient, out_channels, input);
@@ -238,7 +237,7 @@ std::array<Tensor, 5> backward(const Tensor& grad_output, const Operands& operan
 template <typename F>
 auto with_geometry(const Operands& operands, const std::optional<std::vector<int64_t>>& connections,
                    int64_t out_channels, int64_t padding, const Name& activation, Pool pool, F&& f) {
-  ConvGeometry geometry = check_conv(operands, connections.has_value() ? out_channels : -1, padding, activation, pool);
+  ConvGeometry geometry = check_conv(operands, !connections.has_value(), out_channels, padding, activation, pool);
   if (connections.has_value() && static_cast<int64_t>(connections->size()) != operands.weight.size(0)) {
     fail("weight: expected ", connections->size(), " connections, got shape ", shape(operands.weight));
   }

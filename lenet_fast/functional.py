@@ -273,8 +273,8 @@ def _resolve_padding(input: Tensor, padding: int | str, kernel_size: int, pool: 
         raise ValueError(f"padding: expected an int, 'valid' or 'same', got {padding!r}")
     elif not isinstance(padding, int) or isinstance(padding, bool):
         raise TypeError(f"padding: expected an int, 'valid' or 'same', got {padding!r}")
-    if padding < 0:
-        raise ValueError(f"padding: expected at least 0, got {padding}")
+    if not 0 <= padding < 2**31:
+        raise ValueError(f"padding: expected at least 0 and below 2**31, got {padding}")
     for axis, size in zip(("height", "width"), input.shape[-2:], strict=True):
         if size + 2 * padding < kernel_size:
             raise ValueError(

@@ -341,7 +341,7 @@ def lenet5_1998(
     factory = {"device": device, "dtype": dtype}
     if output not in ("rbf", "linear"):
         raise ValueError(f"output: expected 'rbf' or 'linear', got {output!r}")
-    last = RBF(84, 10).to(**factory) if output == "rbf" else nn.Linear(84, 10, **factory)
+    last = RBF(84, 10, **factory) if output == "rbf" else nn.Linear(84, 10, **factory)
     layers: OrderedDict[str, nn.Module] = OrderedDict(
         c1=ConvSubsample2d(1, 6, 5, **factory),
         c3=ConvSubsample2d(6, 16, 5, table=connections, **factory),

@@ -285,17 +285,27 @@ class RBF(nn.Module):
 
     codes: Tensor
 
-    def __init__(self, in_features: int, num_classes: int, codes: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        codes: Tensor | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         shape = (num_classes, in_features)
-        if codes is None:
-            digits = shape == tuple(DIGIT_BITMAPS.shape)
-            codes = DIGIT_BITMAPS.clone() if digits else torch.randint(2, shape) * 2.0 - 1.0
-        if tuple(codes.shape) != shape:
+        if codes is not None and tuple(codes.shape) != shape:
             raise ValueError(f"codes: expected shape {shape}, got {tuple(codes.shape)}")
+        if codes is None and shape == tuple(DIGIT_BITMAPS.shape):
+            codes = DIGIT_BITMAPS
         self.in_features = in_features
         self.num_classes = num_classes
-        self.register_buffer("codes", codes)
+        self.register_buffer("codes", torch.empty(shape, device=device, dtype=dtype))
+        if codes is None:
+            self.codes.bernoulli_().mul_(2).sub_(1)
+        else:
+            self.codes.copy_(codes)
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, in_features) to distances (N, num_classes); the class is the smallest."""

@@ -104,11 +104,19 @@ class DifferentiableOperator:
                 )
             return function.apply(*args)
 
+        def run_fake(*args: Any) -> Any:
+            devices = {arg.device for arg in args if isinstance(arg, Tensor)}
+            if len(devices) > 1:  # a real tensor among meta ones would get a result that nobody computes
+                raise RuntimeError(
+                    f"lenet_fast.{name}: expected all tensors on one device, got {sorted(map(str, devices))}"
+                )
+            return fake(*args)
+
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         # Dynamo must not trace into a kernel that a compiled graph calls.
         _library.impl(name, torch.compiler.disable(run_fallback), "CompositeExplicitAutograd")
         _library.impl(name, torch.compiler.disable(run_autograd), "Autograd")
-        torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
+        torch.library.register_fake(f"{_NAMESPACE}::{name}", run_fake, lib=_library)
 
     # --- autograd ----------------------------------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ BAD = {
     "kernel too large": ({"weight": torch.zeros(4, 3, 9, 9)}, ValueError, r"weight: kernel size 9 .*height 8"),
     "nothing to pool": ({"weight": torch.zeros(4, 3, 8, 8)}, ValueError, r"pool: 'avg'"),
     "negative padding": ({"padding": -1}, ValueError, r"padding: .*-1"),
+    "absurd padding": ({"padding": 10**30}, ValueError, r"padding: .*10{30}"),
     "padding name": ({"padding": "full"}, ValueError, r"padding: .*'full'"),
     "padding type": ({"padding": 1.5}, TypeError, r"padding: .*1.5"),
     "padding pair": ({"padding": (1, 1)}, TypeError, r"padding: .*\(1, 1\)"),
@@ -75,6 +76,26 @@ def test_an_image_too_large_for_the_workspace_is_refused():
     image = torch.zeros(1).expand(1, 3, 6000, 6000)
     with pytest.raises(RuntimeError, match=r"input: shape \(1, 3, 6000, 6000\) .*backend='reference'"):
         functional.conv_act_pool(image, W, backend="native")
+
+
+@pytest.mark.parametrize("out_channels", [-7, -1, 0, 1, 3])
+def test_raw_sparse_operator_refuses_a_wrong_number_of_output_channels(out_channels):
+    for weight in (W, W.flatten(0, 1)):
+        with pytest.raises(RuntimeError):
+            torch.ops.lenet_fast.sparse_conv_act_pool(X, weight, B, range(12), out_channels, 0, "relu", "avg")
+
+
+@pytest.mark.parametrize("indices", [(0, 0), (3, 1), (-1, 2), (2, 12)])
+def test_raw_sparse_operator_refuses_wrong_connections(indices):
+    with pytest.raises(RuntimeError, match="connections: "):
+        torch.ops.lenet_fast.sparse_conv_act_pool(X, W.flatten(0, 1)[:2], B, indices, 4, 0, "relu", "avg")
+
+
+@pytest.mark.parametrize("meta", range(3))
+def test_raw_operator_refuses_a_meta_tensor_among_real_ones(meta):
+    tensors = [t.to("meta") if i == meta else t for i, t in enumerate((X, W, B))]
+    with pytest.raises(RuntimeError, match="device"):
+        torch.ops.lenet_fast.conv_act_pool(*tensors, 0, "relu", "avg")
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 3, 2), (1, 4, 3, 3), (2, 4, 9)])

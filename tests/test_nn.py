@@ -134,6 +134,9 @@ def test_rbf_is_the_squared_distance():
     assert torch.equal(layer(DIGIT_BITMAPS).argmin(1), torch.arange(10))
     assert layer(DIGIT_BITMAPS[3]).shape == (10,)
     assert nn.RBF(6, 3).codes.abs().eq(1).all()
+    assert nn.RBF(84, 10, dtype=torch.float64).codes.dtype == torch.float64
+    with torch.device("meta"):
+        assert nn.RBF(84, 10).codes.is_meta
     with pytest.raises(ValueError, match=r"codes: expected shape \(3, 6\), got \(2, 6\)"):
         nn.RBF(6, 3, torch.ones(2, 6))
 

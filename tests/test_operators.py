@@ -218,3 +218,14 @@ def test_within_rounding_across_thread_counts():
     for output, grads in results[1:]:
         assert torch.equal(output, results[0][0])
         assert all(error(a, b) < 1e-13 for a, b in zip(grads, results[0][1], strict=True))
+
+
+def test_infinite_pixels_reach_only_the_weights_that_see_them():
+    """An odd convolution width is computed rounded up: what is computed too much must not mix 0 * inf in."""
+    case = Case(2, 1, 7, 7, 2, 3)
+    input, weight, bias = case.tensors()
+    input[0, 0, 3, 0] = torch.inf
+    for activation in ("relu", "tanh"):
+        expected = case.gradients((input, weight, bias), activation, "none", "reference")
+        output = case.gradients((input, weight, bias), activation, "none", "native")
+        torch.testing.assert_close(output, expected, equal_nan=True)

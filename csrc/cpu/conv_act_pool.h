@@ -52,7 +52,7 @@ struct Planes {
   Planes(const ConvGeometry& g, bool backward) {
     rows = round_up(g.conv_height(), 2);
     columns = round_up(g.conv_width(), 2);
-    input_width = g.padded_width();
+    input_width = g.padded_width() + columns - g.conv_width();  // what a rounded-up column reads is 0
     input_size = g.padded_height() * input_width;
     channels = g.in_channels;
     int64_t next = 0;
@@ -109,8 +109,8 @@ struct BlockContext {
 
   void load_input(const T* images, int64_t first, int64_t count) {
     const int64_t pixels = g.in_channels * g.height * g.width;
-    load_block<T>(workspace + planes.input, g.padding == 0 ? nullptr : positions, images + first * pixels, pixels,
-                  count);
+    load_block<T>(workspace + planes.input, planes.input_size == g.height * g.width ? nullptr : positions,
+                  images + first * pixels, pixels, count);
   }
 
   Vec<T>* map_sums(int64_t map) const { return workspace + planes.map_sums + 3 * map; }
