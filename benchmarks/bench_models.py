@@ -99,7 +99,7 @@ def measure(recipe: Recipe, seed: int, reference: bool, folders: dict[str, str])
     }
 
 
-def measure_speed(model: str, folders: dict[str, str], rounds: int = 5) -> dict:
+def measure_speed(model: str, folders: dict[str, str], rounds: int = 3) -> dict:
     """Median seconds of a pass over MNIST, fused and twin in turn in one process."""
     recipe = next(recipe for recipe in RECIPES if recipe.model == model)
     seconds: dict[bool, list[float]] = {False: [], True: []}
