@@ -4,7 +4,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
-#include "operands.h"
+#include "fused_convolutions.h"
 
 namespace lenet_fast::cpu {
 namespace {
@@ -29,91 +29,6 @@ const Kernels& kernels() {
 template <typename F>
 auto with_compute_type(const Tensor& input, F&& f) {
   return input.scalar_type() == ScalarType::Double ? f(double{}, ScalarType::Double) : f(float{}, ScalarType::Float);
-}
-
-template <typename T>
-const T* data(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
-}
-
-template <typename T>
-T* mutable_data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-// The operands of any of the fused convolutions; subsampling is there when `coefficient` is.
-struct Operands {
-  const Tensor& input;
-  const Tensor& weight;
-  const std::optional<Tensor>& bias;
-  std::optional<Tensor> coefficient, subsample_bias;
-};
-
-// Which gradients are wanted.
-struct Needs {
-  bool input, weight, bias, coefficient, subsample_bias;
-};
-
-void check_vector(const char* name, const std::optional<Tensor>& tensor, int64_t length, const Tensor& input) {
-  if (tensor.has_value()) {
-    check_like(name, *tensor, input);
-    check_shape(name, *tensor, {length});
-  }
-}
-
-// `out_channels` counts for a packed weight; a dense one tells itself.
-ConvGeometry check_conv(const Operands& operands, bool dense, int64_t out_channels, int64_t padding,
-                        const Name& activation, Pool pool) {
-  const auto& [input, weight, bias, coefficient, subsample_bias] = operands;
-  check_floating(input);
-  check_like("weight", weight, input);
-  if (input.dim() != 4 || input.size(1) == 0) {
-    fail("input: expected (N, C, H, W), got shape ", shape(input));
-  }
-  const int64_t rank = weight.dim();
-  if (rank != (dense ? 4 : 3) || weight.size(rank - 1) != weight.size(rank - 2) || weight.size(rank - 1) == 0) {
-    fail("weight: expected ", dense ? "(C_out, C_in, K, K)" : "(connections, K, K)", ", got shape ", shape(weight));
-  }
-  if (dense) {
-    out_channels = weight.size(0);
-    if (weight.size(1) != input.size(1)) {
-      fail("input: expected ", weight.size(1), " channels as weight has, got shape ", shape(input));
-    }
-  }
-  if (out_channels < 1) {
-    fail("out_channels: expected at least 1, got ", out_channels);
-  }
-  check_vector("bias", bias, out_channels, input);
-  check_vector("coefficient", coefficient, out_channels, input);
-  check_vector("pool_bias", subsample_bias, out_channels, input);
-  if (padding < 0) {
-    fail("padding: expected at least 0, got ", padding);
-  }
-  const ConvGeometry geometry{.batch = input.size(0),
-                              .in_channels = input.size(1),
-                              .height = input.size(2),
-                              .width = input.size(3),
-                              .out_channels = out_channels,
-                              .kernel_size = weight.size(rank - 1),
-                              .padding = padding,
-                              .activation = parse_activation(activation),
-                              .pool = pool,
-                              .connections = {}};
-  // Positions and connections are 32-bit; a block of images must fit in memory anyway.
-  constexpr int64_t limit = int64_t{1} << 28;
-  if (padding > limit || weight.numel() > limit || out_channels > limit / input.size(1) ||
-      geometry.padded_height() > limit ||
-      geometry.padded_width() > limit / std::max<int64_t>(1, geometry.padded_height()) / input.size(1)) {
-    fail("input: ", shape(input), " with padding ", padding, " is too large for the CPU kernels");
-  }
-  if (geometry.padded_height() < geometry.kernel_size || geometry.padded_width() < geometry.kernel_size) {
-    fail("weight: kernel size ", geometry.kernel_size, " is larger than the padded input, ", geometry.padded_height(),
-         " x ", geometry.padded_width());
-  }
-  if (geometry.out_height() < 1 || geometry.out_width() < 1) {
-    fail("pool: needs a convolution output of at least 2x2");
-  }
-  return geometry;
 }
 
 // Contiguous ranges of whole blocks, one a thread, each with its own workspace.
@@ -181,12 +96,8 @@ Tensor forward(const Operands& operands, const ConvGeometry& geometry) {
   });
 }
 
-// Gradients of the operands in order; an empty tensor for each that is not needed.
-std::array<Tensor, 5> backward(const Tensor& grad_output, const Operands& operands, const ConvGeometry& geometry,
-                               const Needs& needs) {
-  check_like("grad_output", grad_output, operands.input);
-  check_shape("grad_output", grad_output,
-              {geometry.batch, geometry.out_channels, geometry.out_height(), geometry.out_width()});
+Gradients backward(const Tensor& grad_output, const Operands& operands, const ConvGeometry& geometry,
+                   const Needs& needs) {
   return with_compute_type(operands.input, [&]<typename T>(T, ScalarType dtype) {
     const auto& kernel = kernels().conv_act_pool<T>();
     const std::optional<Tensor> g = as_operand(grad_output, dtype), x = as_operand(operands.input, dtype),
@@ -226,93 +137,17 @@ std::array<Tensor, 5> backward(const Tensor& grad_output, const Operands& operan
       sum_rows(mutable_data<T>(grads[i]), rows + offset[i], ranges.count(), length, grads[i].numel());
     }
     const ScalarType stored = operands.input.scalar_type();
-    return std::array{as_operand(grads[0], stored), as_operand(grads[1], stored), as_operand(grads[2], stored),
-                      as_operand(grads[3], stored), as_operand(grads[4], stored)};
+    return Gradients{as_operand(grads[0], stored), as_operand(grads[1], stored), as_operand(grads[2], stored),
+                     as_operand(grads[3], stored), as_operand(grads[4], stored)};
   });
 }
 
-// --- the operators, as lenet_fast/ops.py declares them ---------------------------------------------------------------
+struct Backend {
+  static constexpr auto forward = &cpu::forward;
+  static constexpr auto backward = &cpu::backward;
+};
 
-// Check everything, then call f(operands, geometry) while the connection table lives.
-template <typename F>
-auto with_geometry(const Operands& operands, const std::optional<std::vector<int64_t>>& connections,
-                   int64_t out_channels, int64_t padding, const Name& activation, Pool pool, F&& f) {
-  ConvGeometry geometry = check_conv(operands, !connections.has_value(), out_channels, padding, activation, pool);
-  if (connections.has_value() && static_cast<int64_t>(connections->size()) != operands.weight.size(0)) {
-    fail("weight: expected ", connections->size(), " connections, got shape ", shape(operands.weight));
-  }
-  const ConnectionTable table = connections.has_value()
-                                    ? ConnectionTable::sparse(*connections, geometry.out_channels, geometry.in_channels)
-                                    : ConnectionTable::dense(geometry.out_channels, geometry.in_channels);
-  geometry.connections = table.view();
-  return f(operands, geometry);
-}
-
-Tensor conv_act_pool(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, int64_t padding,
-                     const Name& activation, const Name& pool) {
-  return with_geometry({input, weight, bias, {}, {}}, std::nullopt, -1, padding, activation, parse_pool(pool), forward);
-}
-
-std::tuple<Tensor, Tensor, Tensor> conv_act_pool_backward(const Tensor& grad_output, const Tensor& input,
-                                                          const Tensor& weight, const std::optional<Tensor>& bias,
-                                                          int64_t padding, const Name& activation, const Name& pool,
-                                                          bool need_input, bool need_weight, bool need_bias) {
-  return with_geometry({input, weight, bias, {}, {}}, std::nullopt, -1, padding, activation, parse_pool(pool),
-                       [&](const Operands& operands, const ConvGeometry& geometry) {
-                         const auto grads = backward(grad_output, operands, geometry,
-                                                     {need_input, need_weight, need_bias, false, false});
-                         return std::tuple(grads[0], grads[1], grads[2]);
-                       });
-}
-
-Tensor sparse_conv_act_pool(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                            const std::vector<int64_t>& connections, int64_t out_channels, int64_t padding,
-                            const Name& activation, const Name& pool) {
-  return with_geometry({input, weight, bias, {}, {}}, connections, out_channels, padding, activation, parse_pool(pool),
-                       forward);
-}
-
-std::tuple<Tensor, Tensor, Tensor> sparse_conv_act_pool_backward(
-    const Tensor& grad_output, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-    const std::vector<int64_t>& connections, int64_t out_channels, int64_t padding, const Name& activation,
-    const Name& pool, bool need_input, bool need_weight, bool need_bias) {
-  return with_geometry({input, weight, bias, {}, {}}, connections, out_channels, padding, activation, parse_pool(pool),
-                       [&](const Operands& operands, const ConvGeometry& geometry) {
-                         const auto grads = backward(grad_output, operands, geometry,
-                                                     {need_input, need_weight, need_bias, false, false});
-                         return std::tuple(grads[0], grads[1], grads[2]);
-                       });
-}
-
-Tensor conv_subsample(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                      const Tensor& coefficient, const Tensor& pool_bias,
-                      const std::optional<std::vector<int64_t>>& connections, int64_t padding, const Name& activation) {
-  return with_geometry({input, weight, bias, coefficient, pool_bias}, connections, coefficient.numel(), padding,
-                       activation, Pool::subsample, forward);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_subsample_backward(
-    const Tensor& grad_output, const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-    const Tensor& coefficient, const Tensor& pool_bias, const std::optional<std::vector<int64_t>>& connections,
-    int64_t padding, const Name& activation, bool need_input, bool need_weight, bool need_bias, bool need_coefficient,
-    bool need_pool_bias) {
-  return with_geometry({input, weight, bias, coefficient, pool_bias}, connections, coefficient.numel(), padding,
-                       activation, Pool::subsample, [&](const Operands& operands, const ConvGeometry& geometry) {
-                         const auto grads =
-                             backward(grad_output, operands, geometry,
-                                      {need_input, need_weight, need_bias, need_coefficient, need_pool_bias});
-                         return std::tuple(grads[0], grads[1], grads[2], grads[3], grads[4]);
-                       });
-}
-
-STABLE_TORCH_LIBRARY_IMPL(lenet_fast, CPU, library) {
-  library.impl("conv_act_pool", TORCH_BOX(&conv_act_pool));
-  library.impl("conv_act_pool_backward", TORCH_BOX(&conv_act_pool_backward));
-  library.impl("sparse_conv_act_pool", TORCH_BOX(&sparse_conv_act_pool));
-  library.impl("sparse_conv_act_pool_backward", TORCH_BOX(&sparse_conv_act_pool_backward));
-  library.impl("conv_subsample", TORCH_BOX(&conv_subsample));
-  library.impl("conv_subsample_backward", TORCH_BOX(&conv_subsample_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(lenet_fast, CPU, library) { FusedConvolutions<Backend>::implement(library); }
 
 }  // namespace
 }  // namespace lenet_fast::cpu
