@@ -1,55 +1,101 @@
 """Builds the native libraries: `_C` (CPU operators) always, `_C_cuda` where nvcc and a CUDA build of PyTorch are.
 
-LENET_FAST_CUDA=0|1|auto (default auto): never, always (fails loudly where it cannot), or where possible (says why not).
+LENET_FAST_CUDA=0|1|auto|only (default auto): `_C_cuda` never; always, also for a PyTorch without CUDA (fails loudly
+without nvcc); where it can be used (says why not); nothing else. TORCH_CUDA_ARCH_LIST: the GPUs to build for. No GPU is
+needed to build.
 """
 
 import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from setuptools import setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension
+from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+sys.path.insert(0, str(Path(__file__).parent / "scripts"))
+import cuda_toolkit
 
 # The oldest PyTorch whose stable ABI the libraries use: one binary serves this version and every later one.
 STABLE_ABI_FLAG = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11
 CXX_FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
 CXX_FLAGS += ["-Wno-psabi", "-Wno-unused-parameter"]  # vectors by value; PyTorch's own headers
+CXX_FLAGS += ["-g0"]  # torch asks for debug information: ten times the size
 CPU_SOURCES = ["bind_cpu.cpp", "cpu/variant_portable.cpp", "cpu/variant_avx2.cpp", "cpu/variant_avx512.cpp"]
-CUDA_SOURCES: list[str] = []
 
 
-def why_no_cuda() -> str | None:
-    """Why `_C_cuda` cannot be built here; None when it can. Needs no GPU."""
-    if not CUDA_SOURCES:
-        return "this version has no CUDA kernels"
-    if torch.version.cuda is None:
-        return f"PyTorch {torch.__version__} is a CPU build"
-    if CUDA_HOME is None:
-        return "no nvcc (CUDA_HOME is not set and nvcc is not on the PATH)"
-    return None
+CUDA_CHOICES = ("0", "1", "auto", "only")
+
+
+def cuda_choice() -> str:
+    choice = os.environ.get("LENET_FAST_CUDA", "auto")
+    if choice not in CUDA_CHOICES:
+        raise SystemExit(f"LENET_FAST_CUDA: expected one of {', '.join(CUDA_CHOICES)}, got {choice!r}")
+    return choice
 
 
 def wants_cuda() -> bool:
-    choice = os.environ.get("LENET_FAST_CUDA", "auto")
-    if choice not in ("0", "1", "auto"):
-        raise SystemExit(f"LENET_FAST_CUDA: expected 0, 1 or auto, got {choice!r}")
-    reason = why_no_cuda()
-    if choice == "1" and reason is not None:
-        raise SystemExit(f"LENET_FAST_CUDA=1, but the CUDA kernels cannot be built: {reason}")
+    choice = cuda_choice()
+    reason = cuda_toolkit.why_unavailable()
+    if choice in ("1", "only") and reason is not None:
+        raise SystemExit(f"LENET_FAST_CUDA={choice}, but the CUDA kernels cannot be built: {reason}")
+    if choice == "auto" and torch.version.cuda is None:
+        reason = f"PyTorch {torch.__version__} is a CPU build"
     if choice == "auto" and reason is not None:
         print(f"lenet_fast: building without CUDA kernels: {reason}")
     return choice != "0" and reason is None
+
+
+class Build(BuildExtension):
+    """Compiles the .cu files of _C_cuda with nvcc itself: they know nothing of PyTorch, whose CPU build may be the one at hand."""
+
+    def build_extension(self, extension: CppExtension) -> None:
+        if extension.name == "lenet_fast._C_cuda":
+            kernels = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
+            with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+                extension.extra_objects = [*pool.map(self.compile_kernels, kernels), *extension.extra_objects]
+        super().build_extension(extension)
+
+    def compile_kernels(self, source: str) -> str:
+        target = Path(self.build_temp).absolute() / f"{Path(source).stem}.cuda.o"
+        newest = max(path.stat().st_mtime for path in Path("csrc").rglob("*"))
+        if not target.exists() or target.stat().st_mtime < newest or self.force:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            flags = [*cuda_toolkit.NVCC_FLAGS, *cuda_toolkit.architecture_flags()]
+            host_flags = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
+            command = [str(cuda_toolkit.find_nvcc()), *flags, *host_flags, "-c", source, "-o", str(target)]
+            if subprocess.run(command).returncode != 0:
+                raise SystemExit(f"lenet_fast: {source} does not compile: {' '.join(command)}")
+        return str(target)
 
 
 def csrc(sources: list[str]) -> list[str]:
     return [f"csrc/{source}" for source in sources]
 
 
+def cuda_extension() -> CppExtension:
+    return CppExtension(
+        "lenet_fast._C_cuda",
+        csrc(["bind_cuda.cpp"]),
+        include_dirs=[str(cuda_toolkit.toolkit_root() / "include")],
+        extra_compile_args={"cxx": [*CXX_FLAGS, STABLE_ABI_FLAG, "-DUSE_CUDA"]},
+        extra_objects=[str(cuda_toolkit.find_cudart_static())],
+        # Its own CUDA runtime, to itself: nothing of PyTorch's CUDA libraries is needed to load the kernels.
+        extra_link_args=["-Wl,--exclude-libs,ALL", "-ldl", "-lrt", "-lpthread"],
+        py_limited_api=True,
+    )
+
+
 def extensions() -> list:
-    wants_cuda()
+    with_cuda = wants_cuda()
+    if cuda_choice() == "only":
+        return [cuda_extension()]
     facts = {
         "LENET_FAST_BUILD_FLAGS": " ".join(CXX_FLAGS),
         "LENET_FAST_BUILD_TORCH": torch.__version__,
-        "LENET_FAST_BUILD_CUDA_ARCHITECTURES": "",
+        "LENET_FAST_BUILD_CUDA_ARCHITECTURES": cuda_toolkit.architectures() if with_cuda else "",
     }
     return [
         CppExtension(
@@ -64,7 +110,8 @@ def extensions() -> list:
             extra_compile_args={"cxx": CXX_FLAGS},
             define_macros=[(name, f'"{value}"') for name, value in facts.items()],
         ),
+        *([cuda_extension()] if with_cuda else []),
     ]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
+setup(ext_modules=extensions(), cmdclass={"build_ext": Build})

@@ -1,0 +1,133 @@
+// The CUDA kernels as operators: check, allocate, guard the device, launch on the current stream.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include "cuda/kernels.h"
+#include "fused_convolutions.h"
+
+// Tests register the operators elsewhere, to run them where there is no CUDA.
+#ifndef LENET_FAST_LIBRARY
+#define LENET_FAST_LIBRARY lenet_fast
+#define LENET_FAST_DISPATCH_KEY CUDA
+#endif
+
+// Of libtorch_cuda. Weak, so that the library can be loaded, and seen to register everything, beside a PyTorch without
+// it.
+extern "C" {
+__attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+__attribute__((weak)) AOTITorchError aoti_torch_create_cuda_guard(int32_t device_index, CUDAGuardHandle* guard);
+__attribute__((weak)) AOTITorchError aoti_torch_delete_cuda_guard(CUDAGuardHandle guard);
+}
+
+namespace lenet_fast::cuda {
+namespace {
+
+// The device of a tensor made current, and its current stream.
+class CurrentStream {
+ public:
+  explicit CurrentStream(const Tensor& tensor) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(tensor.get_device_index(), &guard_));
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+  ~CurrentStream() { aoti_torch_delete_cuda_guard(guard_); }
+  CurrentStream(const CurrentStream&) = delete;
+  CurrentStream& operator=(const CurrentStream&) = delete;
+
+  operator cudaStream_t() const { return stream_; }
+
+ private:
+  CUDAGuardHandle guard_ = nullptr;
+  cudaStream_t stream_ = nullptr;
+};
+
+template <typename F>
+auto with_storage_type(const Tensor& input, F&& f) {
+  switch (input.scalar_type()) {
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::Half:
+      return f(__half{});
+    case ScalarType::BFloat16:
+      return f(__nv_bfloat16{});
+    default:
+      return f(float{});
+  }
+}
+
+template <typename S, typename Arguments>
+void run(const Arguments& arguments, const Tensor& like, cudaStream_t stream) {
+  const int64_t bytes = static_cast<int64_t>(ConvActPool<S>::workspace_bytes(arguments));
+  // At least a byte: no workspace means to count only.
+  const Tensor workspace = torch::stable::new_empty(like, {std::max<int64_t>(bytes, 1)}, ScalarType::Byte);
+  ConvActPool<S>::run(arguments, workspace.mutable_data_ptr(), stream);
+}
+
+// Contiguous operands, as the kernels take them.
+struct Contiguous {
+  std::optional<Tensor> input, weight, bias, coefficient, subsample_bias;
+
+  explicit Contiguous(const Operands& o)
+      : input(contiguous(o.input)),
+        weight(contiguous(o.weight)),
+        bias(contiguous(o.bias)),
+        coefficient(contiguous(o.coefficient)),
+        subsample_bias(contiguous(o.subsample_bias)) {}
+
+  static std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
+    return tensor.has_value() ? as_operand(tensor, tensor->scalar_type()) : tensor;
+  }
+};
+
+bool is_dense(const ConvGeometry& g) { return g.num_connections() == g.out_channels * g.in_channels; }
+
+Tensor forward(const Operands& operands, const ConvGeometry& g) {
+  const CurrentStream stream(operands.input);
+  const Contiguous c(operands);
+  const Tensor output = torch::stable::new_empty(*c.input, {g.batch, g.out_channels, g.out_height(), g.out_width()});
+  with_storage_type(operands.input, [&]<typename S>(S) {
+    run<S>(ConvActPoolForward<S>{g, is_dense(g), data<S>(c.input), data<S>(c.weight), data<S>(c.bias),
+                                 data<S>(c.coefficient), data<S>(c.subsample_bias), mutable_data<S>(output)},
+           *c.input, stream);
+  });
+  return output;
+}
+
+Gradients backward(const Tensor& grad_output, const Operands& operands, const ConvGeometry& g, const Needs& needs) {
+  const CurrentStream stream(operands.input);
+  const Contiguous c(operands);
+  const std::optional<Tensor> grad = Contiguous::contiguous(grad_output);
+  const auto gradient = [&](bool needed, const std::optional<Tensor>& of) {
+    return needed && of.has_value() ? torch::stable::new_empty(*of, of->sizes())
+                                    : torch::stable::new_empty(*c.input, {0});
+  };
+  const Gradients grads{gradient(needs.input, c.input), gradient(needs.weight, c.weight), gradient(needs.bias, c.bias),
+                        gradient(needs.coefficient, c.coefficient), gradient(needs.subsample_bias, c.subsample_bias)};
+  with_storage_type(operands.input, [&]<typename S>(S) {
+    const auto target = [&](size_t i) { return grads[i].numel() > 0 ? mutable_data<S>(grads[i]) : nullptr; };
+    run<S>(ConvActPoolBackward<S>{g,
+                                  is_dense(g),
+                                  data<S>(grad),
+                                  data<S>(c.input),
+                                  data<S>(c.weight),
+                                  data<S>(c.bias),
+                                  data<S>(c.coefficient),
+                                  data<S>(c.subsample_bias),
+                                  target(0),
+                                  {target(1), target(2), target(3), target(4)}},
+           *c.input, stream);
+  });
+  return grads;
+}
+
+struct Backend {
+  static constexpr auto forward = &cuda::forward;
+  static constexpr auto backward = &cuda::backward;
+};
+
+STABLE_TORCH_LIBRARY_IMPL(LENET_FAST_LIBRARY, LENET_FAST_DISPATCH_KEY, library) {
+  FusedConvolutions<Backend>::implement(library);
+}
+
+}  // namespace
+}  // namespace lenet_fast::cuda

@@ -1,0 +1,3 @@
+#include "conv_act_pool.cuh"
+
+template struct lenet_fast::cuda::ConvActPool<__nv_bfloat16>;

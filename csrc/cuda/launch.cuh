@@ -1,0 +1,52 @@
+// Host side of a launch: configuration, limits of the device, errors as exceptions.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace lenet_fast::cuda {
+
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("lenet_fast: CUDA: ") + what + ": " + cudaGetErrorString(error));
+  }
+}
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  check(cudaGetDevice(&device), "current device");
+  check(cudaDeviceGetAttribute(&value, attribute, device), "device attribute");
+  return value;
+}
+
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+
+// What a block gets without asking.
+inline constexpr size_t kDefaultSharedBytes = 48 * 1024;
+
+// The one way a kernel is launched. Grids are cut to their limits: kernels stride over their work.
+template <typename Argument>
+void launch(void (*kernel)(Argument), const char* name, int64_t blocks, int threads, size_t shared_bytes,
+            cudaStream_t stream, const Argument& argument, int64_t blocks_y = 1) {
+  if (blocks == 0 || blocks_y == 0) {
+    return;
+  }
+  if (shared_bytes > kDefaultSharedBytes) {
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared_bytes)),
+          name);
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(blocks, INT32_MAX)),
+                        static_cast<unsigned>(std::min<int64_t>(blocks_y, 65535)));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  check(cudaLaunchKernelEx(&config, kernel, argument), name);
+}
+
+}  // namespace lenet_fast::cuda

@@ -1,0 +1,39 @@
+"""`_C_cuda` is built by setup.py without a GPU, and loads beside a PyTorch without CUDA."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+import cuda_toolkit
+
+pytestmark = pytest.mark.skipif(
+    cuda_toolkit.why_unavailable() is not None, reason=f"cannot compile CUDA: {cuda_toolkit.why_unavailable()}"
+)
+
+SEEN = """
+import sys, torch, lenet_fast
+torch.ops.load_library(sys.argv[1])
+for name in ("conv_act_pool", "sparse_conv_act_pool", "conv_subsample"):
+    for operator in (name, f"{name}_backward"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lenet_fast::{operator}", "CUDA"), operator
+print("all registered")
+"""
+
+
+def test_every_operator_is_registered_for_cuda(tmp_path):
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(tmp_path)]
+    command += ["--build-temp", "build/test_cuda"]  # kept: a second run compiles nothing
+    environment = os.environ | {"LENET_FAST_CUDA": "only", "TORCH_CUDA_ARCH_LIST": "9.0"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    (library,) = tmp_path.glob("lenet_fast/_C_cuda*.so")
+    if torch.cuda.is_available():
+        pytest.skip("built; here the installed library is loaded already")
+    done = subprocess.run([sys.executable, "-c", SEEN, str(library)], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "all registered", done.stderr
