@@ -49,7 +49,7 @@ def wants_cuda() -> bool:
 
 
 class Build(BuildExtension):
-    """Compiles the .cu files of _C_cuda with nvcc itself: they know nothing of PyTorch, whose CPU build may be the one at hand."""
+    """Compiles the .cu files of _C_cuda with nvcc itself: they know nothing of PyTorch, which may be a CPU build."""
 
     def build_extension(self, extension: CppExtension) -> None:
         if extension.name == "lenet_fast._C_cuda":

@@ -5,12 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cuda_toolkit
 import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-import cuda_toolkit
 
 pytestmark = pytest.mark.skipif(
     cuda_toolkit.why_unavailable() is not None, reason=f"cannot compile CUDA: {cuda_toolkit.why_unavailable()}"
