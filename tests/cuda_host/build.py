@@ -1,0 +1,93 @@
+"""Compiles CUDA sources for the host with the shim of this folder, under AddressSanitizer and UBSan; caches objects."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+CACHE = ROOT / "build" / "cuda_host"
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-sanitize=vptr"]
+FLAGS = ["-std=c++20", "-O1", "-g1", "-fno-omit-frame-pointer", "-fPIC", *SANITIZERS]
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]  # #pragma unroll
+RUNTIME = [HERE / "fiber.cpp", HERE / "launch.cpp"]
+
+
+def compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
+@cache
+def sanitizer_runtime() -> Path | None:
+    """AddressSanitizer's shared library, which a Python that loads sanitised code must start with."""
+    for name in ("libasan.so", "libclang_rt.asan-x86_64.so"):
+        found = subprocess.run([compiler(), f"-print-file-name={name}"], capture_output=True, text=True)
+        path = Path(found.stdout.strip())
+        if path.is_absolute() and path.exists():
+            return path.resolve()
+    return None
+
+
+@cache
+def why_unavailable() -> str | None:
+    """Why CUDA sources cannot be executed here; None when they can."""
+    if shutil.which(compiler()) is None:
+        return f"no C++ compiler: {compiler()}"
+    if sanitizer_runtime() is None:
+        return f"{compiler()} has no AddressSanitizer (libasan)"
+    return None
+
+
+@cache
+def _headers_digest() -> str:
+    digest = hashlib.sha256()
+    for folder in (HERE, ROOT / "csrc"):
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".h", ".cuh"):
+                digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+@cache
+def _compiler_version() -> str:
+    return subprocess.run([compiler(), "--version"], capture_output=True, text=True).stdout
+
+
+def _run(command: list) -> None:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
+
+
+def _object(source: Path, flags: list[str]) -> Path:
+    key = [_compiler_version(), _headers_digest(), *flags, source.name, source.read_text()]
+    name = f"{source.stem}-{hashlib.sha256(chr(0).join(key).encode()).hexdigest()[:16]}.o"
+    if not (CACHE / name).exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        unfinished = CACHE / f"{name}.{os.getpid()}"
+        _run([compiler(), *flags, "-x", "c++", "-c", source, "-o", unfinished])
+        unfinished.rename(CACHE / name)
+    return CACHE / name
+
+
+def build(name: str, sources: list[Path], shared_memory: str, flags: Iterable[str] = (), link_flags: Iterable[str] = ()) -> Path:
+    """Compile `sources` and the shim, and link them to the file `name`.
+
+    shared_memory: the mangled name of the sources' `extern __shared__` array, which becomes the shim's.
+    """
+    flags = [*FLAGS, *WARNINGS, f"-I{HERE / 'include'}", *flags]
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+        objects = list(pool.map(lambda source: _object(source, flags), [*sources, *RUNTIME]))
+    link = [*SANITIZERS, f"-Wl,--defsym={shared_memory}=cuda_host_shared_memory", *link_flags]
+    key = hashlib.sha256("\0".join([*link, *map(str, objects)]).encode()).hexdigest()[:16]
+    target = CACHE / key / name
+    if not target.exists():
+        target.parent.mkdir(exist_ok=True)
+        unfinished = target.with_name(f"{name}.{os.getpid()}")
+        _run([compiler(), *objects, "-o", unfinished, *link])
+        unfinished.rename(target)
+    return target

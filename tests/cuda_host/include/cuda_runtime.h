@@ -1,0 +1,179 @@
+// CUDA's runtime header for the host: what the kernels of this package use, and no more. See ../README.md.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#define __global__
+#define __device__
+#define __host__
+#define __constant__
+#define __grid_constant__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __noinline__ __attribute__((noinline))
+#define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
+// Only `extern __shared__`: on a variable of a function's own, this attribute is an error (-Werror=attributes).
+#define __shared__ __attribute__((visibility("default")))
+
+// --- types -----------------------------------------------------------------------------------------------------------
+
+struct uint3 {
+  unsigned x, y, z;
+};
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+// clang-format off
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(16) double2 { double x, y; };
+struct alignas(8) int2 { int x, y; };
+struct alignas(16) int4 { int x, y, z, w; };
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+// clang-format on
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline double2 make_double2(double x, double y) { return {x, y}; }
+inline int2 make_int2(int x, int y) { return {x, y}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+// --- inside a kernel -------------------------------------------------------------------------------------------------
+
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
+constexpr int warpSize = 32;
+
+void __syncthreads();
+void __syncwarp(unsigned mask = 0xffffffffu);
+
+namespace cuda_host {
+enum class Shuffle { up, down, butterfly, indexed };
+// Give `value` (4 or 8 bytes) to the warp and take the one of the lane that `operand` selects.
+void shuffle(const char* name, Shuffle kind, unsigned mask, void* value, size_t size, int operand, int width);
+
+template <typename T>
+T shuffled(const char* name, Shuffle kind, unsigned mask, T value, int operand, int width) {
+  static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8));
+  shuffle(name, kind, mask, &value, sizeof(T), operand, width);
+  return value;
+}
+}  // namespace cuda_host
+
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int source, int width = warpSize) {
+  return cuda_host::shuffled("__shfl_sync", cuda_host::Shuffle::indexed, mask, value, source, width);
+}
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize) {
+  return cuda_host::shuffled("__shfl_up_sync", cuda_host::Shuffle::up, mask, value, int(delta), width);
+}
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize) {
+  return cuda_host::shuffled("__shfl_down_sync", cuda_host::Shuffle::down, mask, value, int(delta), width);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = warpSize) {
+  return cuda_host::shuffled("__shfl_xor_sync", cuda_host::Shuffle::butterfly, mask, value, lanes, width);
+}
+
+template <typename T>
+T __ldg(const T* address) {
+  return *address;
+}
+
+inline float __fdividef(float a, float b) { return a / b; }
+
+template <typename T>
+constexpr T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <typename T>
+constexpr T max(T a, T b) {
+  return a < b ? b : a;
+}
+
+// --- the host's side -------------------------------------------------------------------------------------------------
+
+using cudaStream_t = struct CUstream_st*;
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorInvalidDevice = 101,
+  cudaErrorLaunchFailure = 719,
+  cudaErrorCooperativeLaunchTooLarge = 720,
+};
+
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
+  cudaDevAttrCooperativeLaunch = 95,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+};
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative = 2 };
+union cudaLaunchAttributeValue {
+  int cooperative;
+};
+
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  cudaLaunchAttributeValue val;
+};
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+const char* cudaGetErrorString(cudaError_t error);
+cudaError_t cudaGetLastError();
+cudaError_t cudaPeekAtLastError();
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaSetDevice(int device);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream = nullptr);
+
+namespace cuda_host {
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& thread);
+cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value);
+cudaError_t blocks_per_multiprocessor(int* blocks, int threads, size_t shared_bytes);
+}  // namespace cuda_host
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... args) {
+  const std::tuple<Parameters...> parameters(std::forward<Arguments>(args)...);
+  return cuda_host::launch(*config, reinterpret_cast<const void*>(kernel),
+                           [kernel, &parameters] { std::apply(kernel, parameters); });
+}
+
+template <typename... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute attribute, int value) {
+  return cuda_host::set_attribute(reinterpret_cast<const void*>(kernel), attribute, value);
+}
+
+// Of threads and shared memory only: what registers allow is tests/test_cuda_compile.py's business.
+template <typename... Parameters>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(Parameters...), int threads,
+                                                          size_t shared_bytes) {
+  return cuda_host::blocks_per_multiprocessor(blocks, threads, shared_bytes);
+}
