@@ -74,7 +74,9 @@ def _object(source: Path, flags: list[str]) -> Path:
     return CACHE / name
 
 
-def build(name: str, sources: list[Path], shared_memory: str, flags: Iterable[str] = (), link_flags: Iterable[str] = ()) -> Path:
+def build(
+    name: str, sources: list[Path], shared_memory: str, flags: Iterable[str] = (), link_flags: Iterable[str] = ()
+) -> Path:
     """Compile `sources` and the shim, and link them to the file `name`.
 
     shared_memory: the mangled name of the sources' `extern __shared__` array, which becomes the shim's.
