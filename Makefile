@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 SOURCES := setup.py $(shell find csrc -type f)
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 export PATH := $(BIN):$(PATH)
 
@@ -32,10 +32,15 @@ $(VENV)/.interop: $(VENV)/.installed requirements-interop.txt
 	@$(PIP) install -r requirements-interop.txt
 	@touch $@
 
+$(VENV)/.cuda: $(VENV)/.installed requirements-cuda.txt
+	@echo "installing requirements-cuda.txt (nvcc) for the tests"
+	@$(PIP) install -r requirements-cuda.txt
+	@touch $@
+
 train: install
 	$(BIN)/lenet-fast train
 
-test: install $(VENV)/.interop
+test: install $(VENV)/.interop $(VENV)/.cuda
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.requirements

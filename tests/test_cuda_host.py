@@ -101,9 +101,7 @@ def test_conversions_round_as_pytorch_does(samples):
         [
             every_half.view(torch.float16).float(),
             every_half.view(torch.bfloat16).float(),
-            torch.randint(-(2**31), 2**31 - 1, (100_000,), generator=torch.Generator().manual_seed(0))
-            .int()
-            .view(torch.float),
+            torch.randint(-(2**31), 2**31, (100_000,), generator=generator).int().view(torch.float),
             torch.tensor([65519.996, 65520.0, -65520.0, 2**-25, 2**-25 * 1.0001, 2**-14 - 2**-25, 2049.0, 2051.0]),
         ]
     )
