@@ -13,14 +13,19 @@ pytestmark = pytest.mark.skipif(build.why_unavailable() is not None, reason=str(
 ORDERS = ("forward", "reverse", "1", "2")
 
 
-def build_samples(*flags):
+def build_samples(**options):
     sources = [build.HERE / "samples.cu", build.HERE / "samples_main.cpp"]
-    return build.build("samples", sources, shared_memory="_ZN7samples13sample_sharedE", flags=flags)
+    return build.build("samples", sources, shared_memory="_ZN7samples13sample_sharedE", **options)
 
 
 @pytest.fixture(scope="session")
 def samples():
     return build_samples()
+
+
+@pytest.fixture(scope="session")
+def samples_with_race_detector():
+    return build_samples(check="races")
 
 
 def run_sample(samples, *arguments, order="forward", **options):
@@ -30,14 +35,15 @@ def run_sample(samples, *arguments, order="forward", **options):
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("kernel", ["stencil", "block_sum", "grid_sum"])
-def test_a_kernel_without_fault_passes(samples, kernel, order):
-    done = run_sample(samples, kernel, "none", order=order)
-    assert (done.returncode, done.stderr) == (0, b"")
+def test_a_kernel_without_fault_passes(samples, samples_with_race_detector, kernel, order):
+    for executable in (samples, samples_with_race_detector):
+        done = run_sample(executable, kernel, "none", order=order)
+        assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_portable_fibers():
     """What processors without a switch of their own use."""
-    samples = build_samples("-DCUDA_HOST_UCONTEXT")
+    samples = build_samples(flags=["-DCUDA_HOST_UCONTEXT"])
     for kernel in ("stencil", "block_sum", "grid_sum"):
         assert run_sample(samples, kernel, "none", order="1").returncode == 0
 
@@ -73,9 +79,30 @@ def test_a_planted_fault_is_caught(samples, fault):
         assert re.search(report, done.stderr.decode(), re.DOTALL), done.stderr.decode()
 
 
+# Whatever the order, and whether or not the results differ: the two accesses and their lines.
+RACES = {
+    "missing_barrier": ("stencil", r"race on shared memory, byte \d+: a (read|write) at .*samples.cu:\d+ and a"),
+    "race": ("block_sum", r"race on shared memory, byte \d: a write at .*samples.cu:\d+ and a write by thread \("),
+    "benign_race": (
+        "block_sum",
+        r"race on shared memory, byte 8: a write at .*samples.cu:\d+ and a write by thread \(",
+    ),
+    "missing_grid_barrier": ("grid_sum", r"race on global memory, .*samples.cu:\d+"),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("fault", RACES)
+def test_a_planted_race_is_caught(samples_with_race_detector, fault, order):
+    kernel, report = RACES[fault]
+    done = run_sample(samples_with_race_detector, kernel, fault, order=order)
+    assert done.returncode == 1
+    assert re.search(report, done.stderr.decode()), done.stderr.decode()
+
+
 def test_every_fault_of_the_samples_is_tried():
     declared = re.findall(r"X\((\w+)\)", (build.HERE / "samples.h").read_text())
-    assert declared == ["none", *FAULTS]
+    assert set(declared) == {"none", *FAULTS, *RACES}
 
 
 def test_an_unknown_order_is_refused(samples):

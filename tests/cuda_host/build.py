@@ -1,4 +1,8 @@
-"""Compiles CUDA sources for the host with the shim of this folder, under AddressSanitizer and UBSan; caches objects."""
+"""Compiles CUDA sources for the host with the shim of this folder; caches what it has compiled.
+
+A build has one of two checks in the sources, besides UBSan: `memory`, which is AddressSanitizer, or `races`, which is
+ThreadSanitizer's instrumentation with the shim's own rules (race.cpp). One compilation cannot have both.
+"""
 
 import hashlib
 import os
@@ -12,10 +16,10 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 CACHE = ROOT / "build" / "cuda_host"
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-sanitize=vptr"]
-FLAGS = ["-std=c++20", "-O1", "-g1", "-fno-omit-frame-pointer", "-fPIC", *SANITIZERS]
+CHECKS = {"memory": ["-fsanitize=address,undefined"], "races": ["-fsanitize=thread,undefined"]}
+FLAGS = ["-std=c++20", "-O1", "-g1", "-fno-omit-frame-pointer", "-fPIC", "-fno-sanitize-recover=all"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]  # #pragma unroll
-RUNTIME = [HERE / "fiber.cpp", HERE / "launch.cpp"]
+RUNTIME = [HERE / "fiber.cpp", HERE / "launch.cpp", HERE / "race.cpp"]
 
 
 def compiler() -> str:
@@ -75,16 +79,22 @@ def _object(source: Path, flags: list[str]) -> Path:
 
 
 def build(
-    name: str, sources: list[Path], shared_memory: str, flags: Iterable[str] = (), link_flags: Iterable[str] = ()
+    name: str,
+    sources: list[Path],
+    shared_memory: str,
+    check: str = "memory",
+    flags: Iterable[str] = (),
+    link_flags: Iterable[str] = (),
 ) -> Path:
     """Compile `sources` and the shim, and link them to the file `name`.
 
     shared_memory: the mangled name of the sources' `extern __shared__` array, which becomes the shim's.
     """
-    flags = [*FLAGS, *WARNINGS, f"-I{HERE / 'include'}", *flags]
+    common = [*FLAGS, *WARNINGS, f"-I{HERE / 'include'}", *flags]
+    jobs = [(source, CHECKS[check]) for source in sources] + [(source, CHECKS["memory"]) for source in RUNTIME]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-        objects = list(pool.map(lambda source: _object(source, flags), [*sources, *RUNTIME]))
-    link = [*SANITIZERS, f"-Wl,--defsym={shared_memory}=cuda_host_shared_memory", *link_flags]
+        objects = list(pool.map(lambda job: _object(job[0], [*common, *job[1]]), jobs))
+    link = [*CHECKS["memory"], f"-Wl,--defsym={shared_memory}=cuda_host_shared_memory", *link_flags]
     key = hashlib.sha256("\0".join([*link, *map(str, objects)]).encode()).hexdigest()[:16]
     target = CACHE / key / name
     if not target.exists():

@@ -106,6 +106,8 @@ void Fiber::leave(bool for_ever) {
   __sanitizer_finish_switch_fiber(fake_stack_, &outside_stack, &outside_stack_bytes);
 }
 
+bool Fiber::contains(uintptr_t address) const { return address - reinterpret_cast<uintptr_t>(stack_) < stack_bytes; }
+
 void Fiber::yield() { running->leave(false); }
 
 void Fiber::enter() {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 
 #if !defined(__x86_64__) && !defined(CUDA_HOST_UCONTEXT)
@@ -25,6 +26,8 @@ class Fiber {
   // Run until it yields or returns.
   void resume();
   bool finished() const { return finished_; }
+
+  bool contains(uintptr_t address) const;
 
   // Leave the fiber that runs.
   static void yield();

@@ -20,6 +20,7 @@
 #include "cooperative_groups.h"
 #include "cuda_runtime.h"
 #include "fiber.h"
+#include "position.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -37,6 +38,7 @@ extern "C" {
 alignas(16) extern unsigned char cuda_host_shared_memory[shared_limit];
 alignas(16) unsigned char cuda_host_shared_memory[shared_limit];
 }
+unsigned char* const shared_memory = cuda_host_shared_memory;
 
 namespace {
 
@@ -97,7 +99,7 @@ struct WarpOperation {
 struct Thread {
   Fiber* fiber;
   uint3 index;
-  unsigned lane;
+  Moment moment;
   State state = State::ready;
   WarpOperation operation;
   std::string fault;
@@ -107,12 +109,6 @@ Thread* current = nullptr;
 
 void wait(State state) {
   current->state = state;
-  Fiber::yield();
-}
-
-// From within a kernel: the scheduler reports it, and never comes back.
-void fail(std::string message) {
-  current->fault = std::move(message);
   Fiber::yield();
 }
 
@@ -127,12 +123,12 @@ size_t volume(dim3 size) { return size_t{size.x} * size.y * size.z; }
 
 class Block {
  public:
-  Block(uint3 index, size_t shared_bytes, Fiber* fibers[], const std::function<void()>& body)
-      : index_(index), shared_(shared_bytes, 0xff), threads_(volume(blockDim)) {  // NaN in every type
+  Block(size_t number, size_t shared_bytes, Fiber* fibers[], const std::function<void()>& body)
+      : index_(position(number, gridDim)), shared_(shared_bytes, 0xff), threads_(volume(blockDim)) {  // NaN in any type
     for (size_t i = 0; i < threads_.size(); ++i) {
       threads_[i].fiber = fibers[i];
       threads_[i].index = position(i, blockDim);
-      threads_[i].lane = i % warpSize;
+      threads_[i].moment = {static_cast<uint32_t>(number), static_cast<uint32_t>(i), 0, 0};
       fibers[i]->start(body);
     }
   }
@@ -162,6 +158,7 @@ class Block {
   void release() {
     for (Thread& thread : threads_) {
       thread.state = State::ready;
+      ++thread.moment.phase;
     }
   }
 
@@ -239,6 +236,7 @@ class Block {
     for (size_t i = 0; i < members.size(); ++i) {
       std::memcpy(members[i]->operation.value, received[i].data(), 8);
       members[i]->state = State::ready;
+      ++members[i]->moment.step;
     }
   }
 
@@ -273,7 +271,7 @@ class Block {
 
 void run_one_after_another(Order& order, size_t shared_bytes, Fiber* fibers[], const std::function<void()>& body) {
   for (const size_t number : order.of(volume(gridDim))) {
-    Block block(position(number, gridDim), shared_bytes, fibers, body);
+    Block block(number, shared_bytes, fibers, body);
     if (block.run(order) == State::at_grid_barrier) {
       throw Fault(block.name() + ": grid.sync in a launch that is not cooperative");
     }
@@ -283,7 +281,7 @@ void run_one_after_another(Order& order, size_t shared_bytes, Fiber* fibers[], c
 void run_together(Order& order, size_t shared_bytes, Fiber* fibers[], const std::function<void()>& body) {
   std::vector<Block> blocks;
   for (size_t number = 0; number < volume(gridDim); ++number) {
-    blocks.emplace_back(position(number, gridDim), shared_bytes, fibers + number * volume(blockDim), body);
+    blocks.emplace_back(number, shared_bytes, fibers + number * volume(blockDim), body);
   }
   while (true) {
     std::vector<State> states(blocks.size());
@@ -302,6 +300,7 @@ void run_together(Order& order, size_t shared_bytes, Fiber* fibers[], const std:
     for (Block& block : blocks) {
       block.release();
     }
+    forget_accesses();
   }
 }
 
@@ -346,6 +345,20 @@ cudaError_t check(const cudaLaunchConfig_t& config, const void* kernel, bool coo
 
 }  // namespace
 
+const Moment* now() { return current != nullptr ? &current->moment : nullptr; }
+
+bool on_own_stack(uintptr_t address) { return current->fiber->contains(address); }
+
+std::string thread_name(const Moment& moment) {
+  return "thread " + coordinates(position(moment.thread, blockDim)) + " of block " +
+         coordinates(position(moment.block, gridDim));
+}
+
+void fail(std::string message) {
+  current->fault = std::move(message);
+  Fiber::yield();
+}
+
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& thread) {
   const std::lock_guard lock(device_mutex);
   const bool cooperative = std::any_of(config.attrs, config.attrs + config.numAttrs, [](const auto& attribute) {
@@ -364,6 +377,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const s
   }
   __asan_poison_memory_region(cuda_host_shared_memory, shared_limit);
   __asan_unpoison_memory_region(cuda_host_shared_memory, config.dynamicSmemBytes);
+  forget_accesses();
   cudaError_t error = cudaSuccess;
   try {
     Order order;
@@ -377,15 +391,6 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const s
   return error == cudaSuccess ? error : remember(error);
 }
 
-cudaError_t set_attribute(const void* kernel, cudaFuncAttribute, int value) {
-  const std::lock_guard lock(device_mutex);
-  if (value < 0 || static_cast<size_t>(value) > shared_limit) {
-    return remember(cudaErrorInvalidValue);
-  }
-  shared_limits[kernel] = static_cast<size_t>(value);
-  return cudaSuccess;
-}
-
 cudaError_t blocks_per_multiprocessor(int* blocks, int threads, size_t shared_bytes) {
   *blocks = static_cast<int>(std::min({threads_per_multiprocessor / static_cast<size_t>(threads), size_t{32},
                                        shared_per_multiprocessor / (shared_bytes + shared_reserved)}));
@@ -393,7 +398,8 @@ cudaError_t blocks_per_multiprocessor(int* blocks, int threads, size_t shared_by
 }
 
 void shuffle(const char* name, Shuffle kind, unsigned mask, void* value, size_t size, int operand, int width) {
-  const int lane = static_cast<int>(current->lane), first = lane / width * width, last = first + width - 1;
+  const int lane = static_cast<int>(current->moment.thread % warpSize), first = lane / width * width,
+            last = first + width - 1;
   int source = 0;
   switch (kind) {  // where it falls out of the segment, a lane keeps its own value
     case Shuffle::up:
@@ -479,6 +485,15 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
       return cudaSuccess;
   }
   return remember(cudaErrorInvalidValue);
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
+  const std::lock_guard lock(device_mutex);
+  if (value < 0 || static_cast<size_t>(value) > shared_limit) {
+    return remember(cudaErrorInvalidValue);
+  }
+  shared_limits[kernel] = static_cast<size_t>(value);
+  return cudaSuccess;
 }
 
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {

@@ -65,6 +65,9 @@ __global__ void block_sum(const float* input, float* output) {
   } else if (i % 32 == 0 && !(fault == Fault::uninitialised && i > 0)) {
     of_warp[i / 32] = sum;
   }
+  if (fault == Fault::benign_race && i % 32 == 31) {
+    of_warp[warps] = 0.0f;  // two threads write the same value
+  }
   __syncthreads();
   if (i == 0) {
     float total = 0.0f;
@@ -142,7 +145,7 @@ const char* run_stencil(Fault fault, const float* input, float* output, int coun
 
 const char* run_block_sum(Fault fault, const float* input, float* output, int blocks) {
   return with(fault, [=](auto planted) {
-    return launch(block_sum<planted()>, blocks, threads / 32 * sizeof(float), false, input, output);
+    return launch(block_sum<planted()>, blocks, (threads / 32 + 1) * sizeof(float), false, input, output);
   });
 }
 

@@ -6,7 +6,7 @@ namespace samples {
 // clang-format off
 #define SAMPLES_FAULTS(X) \
   X(none) X(missing_barrier) X(divergent_barrier) X(early_exit) X(global_read) X(global_write) \
-  X(shared_read) X(shared_write) X(misaligned) X(uninitialised) X(race) X(shuffle_mask) \
+  X(shared_read) X(shared_write) X(misaligned) X(uninitialised) X(race) X(benign_race) X(shuffle_mask) \
   X(shuffle_from_nobody) X(missing_grid_barrier) X(grid_exit) X(not_cooperative) X(too_many_blocks) \
   X(too_much_shared)
 // clang-format on

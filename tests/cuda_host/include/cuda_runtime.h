@@ -151,11 +151,11 @@ cudaError_t cudaPeekAtLastError();
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream = nullptr);
 
 namespace cuda_host {
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& thread);
-cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value);
 cudaError_t blocks_per_multiprocessor(int* blocks, int threads, size_t shared_bytes);
 }  // namespace cuda_host
 
@@ -164,11 +164,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const std::tuple<Parameters...> parameters(std::forward<Arguments>(args)...);
   return cuda_host::launch(*config, reinterpret_cast<const void*>(kernel),
                            [kernel, &parameters] { std::apply(kernel, parameters); });
-}
-
-template <typename... Parameters>
-cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute attribute, int value) {
-  return cuda_host::set_attribute(reinterpret_cast<const void*>(kernel), attribute, value);
 }
 
 // Of threads and shared memory only: what registers allow is tests/test_cuda_compile.py's business.
