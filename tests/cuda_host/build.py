@@ -1,6 +1,6 @@
 """Compiles CUDA sources for the host with the shim of this folder; caches what it has compiled.
 
-A build has one of two checks in the sources, besides UBSan: `memory`, which is AddressSanitizer, or `races`, which is
+A build has one of two checks in its .cu files, besides UBSan: `memory`, which is AddressSanitizer, or `races`, which is
 ThreadSanitizer's instrumentation with the shim's own rules (race.cpp). One compilation cannot have both.
 """
 
@@ -17,7 +17,15 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 CACHE = ROOT / "build" / "cuda_host"
 CHECKS = {"memory": ["-fsanitize=address,undefined"], "races": ["-fsanitize=thread,undefined"]}
-FLAGS = ["-std=c++20", "-O1", "-g1", "-fno-omit-frame-pointer", "-fPIC", "-fno-sanitize-recover=all"]
+FLAGS = [
+    "-std=c++20",
+    "-O1",
+    "-g1",
+    "-fno-omit-frame-pointer",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-sanitize-recover=all",
+]
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]  # #pragma unroll
 RUNTIME = [HERE / "fiber.cpp", HERE / "launch.cpp", HERE / "race.cpp"]
 
@@ -91,9 +99,12 @@ def build(
     shared_memory: the mangled name of the sources' `extern __shared__` array, which becomes the shim's.
     """
     common = [*FLAGS, *WARNINGS, f"-I{HERE / 'include'}", *flags]
-    jobs = [(source, CHECKS[check]) for source in sources] + [(source, CHECKS["memory"]) for source in RUNTIME]
+
+    def compiled(source: Path) -> Path:
+        return _object(source, [*common, *CHECKS[check if source.suffix == ".cu" else "memory"]])
+
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-        objects = list(pool.map(lambda job: _object(job[0], [*common, *job[1]]), jobs))
+        objects = list(pool.map(compiled, [*sources, *RUNTIME]))
     link = [*CHECKS["memory"], f"-Wl,--defsym={shared_memory}=cuda_host_shared_memory", *link_flags]
     key = hashlib.sha256("\0".join([*link, *map(str, objects)]).encode()).hexdigest()[:16]
     target = CACHE / key / name

@@ -15,7 +15,6 @@
 #define __constant__
 #define __grid_constant__
 #define __forceinline__ inline __attribute__((always_inline))
-#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 // Only `extern __shared__`: on a variable of a function's own, this attribute is an error (-Werror=attributes).

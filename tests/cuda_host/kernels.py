@@ -1,0 +1,70 @@
+"""The CUDA kernels on the CPU. Run by test_cuda_host.py, in processes of their own, with one of the shim's two checks.
+
+The comparison with the reference is that of test_operators.py; here are the cases, small enough for the shim, and what
+only the shim can ask: other orders, other numbers of multiprocessors.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from operators import ACTIVATIONS, CASES, LENET_1998_C3, LENET_C1, LENET_C3, ODD, SPARSE_C3, Case
+from test_operators import assert_as_accurate_as_pytorch, error
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+LENET_1 = [Case(2, 1, 28, 28, 4, 5), Case(2, 4, 12, 12, 12, 5)]
+SMALL = [replace(case, batch=min(case.batch, 2)) for case in [*CASES, Case(2, 1, 32, 32, 6, 5), *LENET_1]]
+LENETS = [replace(case, batch=2) for case in (LENET_C1, LENET_C3, SPARSE_C3, LENET_1998_C3)]
+every_case = pytest.mark.parametrize(
+    ("case", "pool", "activation"),
+    [
+        pytest.param(case, pool, ACTIVATIONS[(i + j) % len(ACTIVATIONS)], id=f"{case}-{pool}")
+        for i, case in enumerate(SMALL)
+        for j, pool in enumerate(case.pools)
+    ],
+)
+
+
+@pytest.fixture(params=["1", "3"])
+def multiprocessors(request, monkeypatch):
+    """Few of them: blocks of several images, blocks that stride over the batch, sums over few rows."""
+    monkeypatch.setenv("CUDA_HOST_MULTIPROCESSORS", request.param)
+
+
+@every_case
+def test_float64(case, pool, activation):
+    expected, expected_grads = case.gradients(case.tensors(), activation, pool, "reference")
+    output, grads = case.gradients(case.tensors(), activation, pool, "native")
+    assert error(output, expected) < 1e-13
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert error(grad, expected_grad) < 1e-12
+
+
+@every_case
+def test_float32(case, pool, activation):
+    assert_as_accurate_as_pytorch(case, torch.float32, "cpu", "native", activation, pool)
+
+
+@pytest.mark.parametrize("case", [*LENETS, ODD], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_shorter_dtypes(case, dtype):
+    for pool, activation in zip(case.pools, ("sigmoid", "relu", "scaled_tanh"), strict=False):
+        assert_as_accurate_as_pytorch(case, dtype, "cpu", "native", activation, pool)
+
+
+@pytest.mark.parametrize("case", LENETS, ids=str)
+def test_many_images(case, multiprocessors):
+    assert_as_accurate_as_pytorch(replace(case, batch=21), torch.float32, "cpu", "native", "tanh", case.pools[0])
+
+
+@pytest.mark.parametrize("case", [case for case in SMALL if case.batch], ids=str)
+def test_bit_equal_in_every_order(case, monkeypatch):
+    tensors = case.tensors(torch.float32)
+    results = []
+    for order in ("forward", "reverse", "1"):
+        monkeypatch.setenv("CUDA_HOST_ORDER", order)
+        output, grads = case.gradients(tensors, pool=case.pools[0], backend="native")
+        results.append((output, *grads))
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
