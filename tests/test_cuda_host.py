@@ -3,6 +3,8 @@
 import os
 import re
 import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -143,3 +145,52 @@ def test_conversions_round_as_pytorch_does(samples):
         assert torch.equal(back[number].view(torch.int32), expected[number].float().view(torch.int32))
         assert stored[~number].isnan().all()
         assert back[~number].isnan().all()
+
+
+# --- the package's kernels -------------------------------------------------------------------------------------------
+
+# What each process runs: the shim's check, and pytest's arguments. Two at a time, the longest first.
+OPERATOR_TESTS = "cpu-native and (nan_and or whole_range or expanded or wanted or unbatched) or infinite_pixels"
+PROCESSES = {
+    "memory": ("memory", ["tests/cuda_host/kernels.py"]),
+    "races": ("races", ["tests/cuda_host/kernels.py", "-k", "float32 or shorter_dtypes or many_images"]),
+    "operators": ("memory", ["tests/test_operators.py", "-k", OPERATOR_TESTS]),
+}
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """The results of all of them, as futures."""
+    # The sanitizer must come first, and find the C++ library's exceptions behind it.
+    library = subprocess.run([build.compiler(), "-print-file-name=libstdc++.so.6"], capture_output=True, text=True)
+    environment = os.environ | {
+        "LD_PRELOAD": f"{build.sanitizer_runtime()}:{library.stdout.strip()}",
+        # All memory starts as NaN, with wide fences around it.
+        "ASAN_OPTIONS": "detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1000000000:redzone=512",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{build.ROOT}:{build.ROOT / 'tests'}",
+    }
+    libraries = {check: str(build.build_operators(check)) for check in build.CHECKS}
+
+    def run(check, arguments):
+        options = ["-p", "cuda_host.redirect", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-x"]
+        return subprocess.run(
+            [sys.executable, "-m", "pytest", *options, *arguments],
+            cwd=build.ROOT,
+            env=environment | {"LENET_FAST_CUDA_HOST": libraries[check]},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(run, *process) for name, process in PROCESSES.items()}
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_kernels(processes, name):
+    done = processes[name].result()
+    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 10
+    assert "skipped" not in done.stdout

@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
+from torch.utils.cpp_extension import include_paths, library_paths
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 CACHE = ROOT / "build" / "cuda_host"
@@ -114,3 +116,23 @@ def build(
         _run([compiler(), *objects, "-o", unfinished, *link])
         unfinished.rename(target)
     return target
+
+
+def build_operators(check: str) -> Path:
+    """The package's CUDA operators for CPU tensors: the library that redirect.py loads."""
+    csrc = ROOT / "csrc"
+    return build(
+        "lenet_fast_cuda_host.so",
+        [*sorted((csrc / "cuda").glob("*.cu")), csrc / "bind_cuda.cpp", HERE / "libtorch_cuda.cpp"],
+        shared_memory="_ZN10lenet_fast4cuda17lenet_fast_sharedE",
+        check=check,
+        flags=[
+            "-DLENET_FAST_LIBRARY=lenet_fast_cuda_host",
+            "-DLENET_FAST_DISPATCH_KEY=CPU",
+            "-DTORCH_TARGET_VERSION=0x020b000000000000",
+            "-DUSE_CUDA",
+            *("-Wno-unused-parameter", "-Wno-psabi"),  # as setup.py
+            *(f"-isystem{path}" for path in include_paths()),
+        ],
+        link_flags=["-shared", *(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu", "-lc10"],
+    )

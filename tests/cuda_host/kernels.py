@@ -8,19 +8,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from operators import ACTIVATIONS, CASES, LENET_1998_C3, LENET_C1, LENET_C3, ODD, SPARSE_C3, Case
-from test_operators import assert_as_accurate_as_pytorch, error
+from operators import ACTIVATIONS, CASES, LENET_1998_C3, LENET_C1, LENET_C3, ODD, SMALL_CASES, SPARSE_C3, Case
+from test_operators import assert_as_accurate_as_pytorch, channels_last, error, offset, strided, transposed
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 LENET_1 = [Case(2, 1, 28, 28, 4, 5), Case(2, 4, 12, 12, 12, 5)]
-SMALL = [replace(case, batch=min(case.batch, 2)) for case in [*CASES, Case(2, 1, 32, 32, 6, 5), *LENET_1]]
+FEW_IMAGES = [
+    replace(case, batch=min(case.batch, 2 if case.kernel_size < 8 else 1))
+    for case in [*CASES, Case(2, 1, 32, 32, 6, 5), *LENET_1]
+]
 LENETS = [replace(case, batch=2) for case in (LENET_C1, LENET_C3, SPARSE_C3, LENET_1998_C3)]
 every_case = pytest.mark.parametrize(
     ("case", "pool", "activation"),
     [
         pytest.param(case, pool, ACTIVATIONS[(i + j) % len(ACTIVATIONS)], id=f"{case}-{pool}")
-        for i, case in enumerate(SMALL)
+        for i, case in enumerate(FEW_IMAGES)
         for j, pool in enumerate(case.pools)
     ],
 )
@@ -53,12 +56,21 @@ def test_shorter_dtypes(case, dtype):
         assert_as_accurate_as_pytorch(case, dtype, "cpu", "native", activation, pool)
 
 
+@pytest.mark.parametrize("layout", [channels_last, strided, transposed, offset])
+@pytest.mark.parametrize("case", [*SMALL_CASES, LENETS[1]], ids=str)
+def test_strides(case, layout):
+    tensors = case.tensors(torch.float32)
+    expected = case.gradients(tensors, pool=case.pools[0], backend="native")
+    output = case.gradients(tuple(map(layout, tensors)), pool=case.pools[0], backend="native")
+    torch.testing.assert_close(output, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("case", LENETS, ids=str)
 def test_many_images(case, multiprocessors):
     assert_as_accurate_as_pytorch(replace(case, batch=21), torch.float32, "cpu", "native", "tanh", case.pools[0])
 
 
-@pytest.mark.parametrize("case", [case for case in SMALL if case.batch], ids=str)
+@pytest.mark.parametrize("case", [case for case in FEW_IMAGES if case.batch], ids=str)
 def test_bit_equal_in_every_order(case, monkeypatch):
     tensors = case.tensors(torch.float32)
     results = []

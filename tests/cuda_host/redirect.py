@@ -1,4 +1,4 @@
-"""Loads the CUDA operators that the shim runs, and puts them where the CPU operators were. Only for a process of its own.
+"""Puts the CUDA operators that the shim runs where the CPU operators were. Only for a process of its own.
 
 Then backend="native" on CPU tensors means csrc/bind_cuda.cpp and csrc/cuda/*, and the ordinary tests test those.
 """

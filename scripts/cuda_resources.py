@@ -1,11 +1,11 @@
-"""What the CUDA kernels take of a multiprocessor, as ptxas reports it, against the committed table cuda_resources.csv.
+"""What the CUDA kernels take of a multiprocessor, as ptxas reports it, against a committed table.
 
-`python tests/cuda_resources.py --write` writes the table anew; it refuses kernels that spill or use a stack frame.
+`python scripts/cuda_resources.py --write` writes tests/cuda_resources.csv anew; it refuses kernels that spill or use a
+stack frame.
 """
 
 import csv
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
@@ -18,35 +18,24 @@ from dataclasses import astuple, dataclass, fields
 from functools import cache
 from pathlib import Path
 
+import cuda_toolkit
+from cuda_toolkit import NVCC_FLAGS, find_nvcc
+
 ROOT = Path(__file__).parent.parent
-TABLE = Path(__file__).with_name("cuda_resources.csv")
+TABLE = ROOT / "tests" / "cuda_resources.csv"
 CACHE = ROOT / "build" / "cuda_resources"
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("sm_80", "sm_90")
-FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-Xptxas", "-v"]
+FLAGS = [*NVCC_FLAGS, "-Xptxas", "-v"]
 TABLE_RELEASE = "13.0"  # of the nvcc that the table is of; another one allocates registers in another way
 REGISTERS = 65536  # of a multiprocessor, on both architectures
-
-
-@cache
-def find_nvcc() -> Path | None:
-    """nvcc of requirements-cuda.txt, else of CUDA_HOME, else of the PATH."""
-    folders = [os.environ.get("CUDA_HOME", "/nonexistent")]
-    package = importlib.util.find_spec("nvidia")
-    if package is not None and package.submodule_search_locations:
-        folders = [*(f"{folder}/cu13" for folder in package.submodule_search_locations), *folders]
-    candidates = [Path(folder) / "bin" / "nvcc" for folder in folders]
-    on_path = shutil.which("nvcc")
-    if on_path:
-        candidates.append(Path(on_path))
-    return next((path for path in candidates if path.exists()), None)
 
 
 @cache
 def why_unavailable() -> str | None:
     """Why CUDA sources cannot be compiled here; None when they can."""
     if find_nvcc() is None:
-        return "no nvcc: neither the packages of requirements-cuda.txt nor CUDA_HOME nor one on the PATH"
+        return cuda_toolkit.why_unavailable()
     if shutil.which("c++filt") is None:
         return "no c++filt (binutils)"
     return None
@@ -160,7 +149,7 @@ def compile_all(sources: Iterable[Path] = SOURCES) -> list[Resources]:
     jobs = [(source, architecture) for source in sources for architecture in ARCHITECTURES]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
         compiled = pool.map(lambda job: compile_kernels(*job), jobs)
-    return sorted(resources for kernels in compiled for resources in kernels)
+    return sorted({resources for kernels in compiled for resources in kernels})  # several files may have the same
 
 
 def _read(path: Path) -> list[Resources]:
