@@ -7,7 +7,7 @@ import gc
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -31,45 +31,56 @@ def time_on_cpu(run: Run, calls: int) -> float:
     return time.perf_counter() - start
 
 
-class SgemmProbe:
-    """Speed of a float32 matrix product on PyTorch's threads, a few ms a call.
+def time_on_cuda(run: Run, calls: int) -> float:
+    """Seconds between two events in the current stream, around all that `calls` calls of `run` queue there."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    end.synchronize()
+    return 1e-3 * start.elapsed_time(end)
 
-    `peak` is the fastest product seen, of any size; `best` the fastest at the size of the calls. In GFLOP/s.
+
+class SgemmProbe:
+    """Speed of a float32 matrix product, a few ms a call: on PyTorch's threads, or wherever `device` and `timer` say.
+
+    `peak` is the fastest product seen, of any of `sizes`; `best` the fastest of the first size, that of the calls. In
+    GFLOP/s.
     """
 
-    _SIZE = 512
-    _PEAK_SIZES = (512, 1024, 2048)
-
-    def __init__(self) -> None:
-        products = [product for size in self._PEAK_SIZES for product in _matrix_products(size)]
-        self.peak = max(_speed(*product) for product in products for _ in range(3))
-        self._product = max(_matrix_products(self._SIZE), key=lambda product: _speed(*product, calls=5))
+    def __init__(
+        self, sizes: Sequence[int] = (512, 1024, 2048), *, device: str = "cpu", timer: Timer = time_on_cpu
+    ) -> None:
+        self._timer = timer
+        products = [product for size in sizes for product in _matrix_products(size, device)]
+        self.peak = max(self._speed(*product) for product in products for _ in range(3))
+        self._product = max(_matrix_products(sizes[0], device), key=lambda product: self._speed(*product, calls=5))
         self.best = 0.0
 
     def __call__(self) -> float:
-        speed = _speed(*self._product, calls=3)
+        speed = self._speed(*self._product, calls=3)
         self.best = max(self.best, speed)
         self.peak = max(self.peak, speed)
         return speed
 
+    def _speed(self, run: Run, flops: float, calls: int = 1) -> float:
+        run()  # brings the operands into the cache
+        return 1e-9 * flops * calls / self._timer(run, calls)
 
-def _matrix_products(size: int) -> list[tuple[Run, float]]:
+
+def _matrix_products(size: int, device: str) -> list[tuple[Run, float]]:
     """A product of two square matrices by each library that PyTorch has, with its floating-point operations.
 
-    MKL's is slow on processors that are not Intel's; oneDNN's is reached as a 1x1 convolution.
+    MKL's is slow on processors that are not Intel's; oneDNN's (cuDNN's) is reached as a 1x1 convolution.
     """
-    left, right, out = torch.rand(3, size, size)
-    image = torch.rand(1, size, 16, size // 16).to(memory_format=torch.channels_last)
+    left, right, out = torch.rand(3, size, size, device=device)
+    image = torch.rand(1, size, 16, size // 16, device=device).to(memory_format=torch.channels_last)
     flops = 2.0 * size**3
     return [
         (lambda: torch.mm(left, right, out=out), flops),
         (lambda: F.conv2d(image, left.view(size, size, 1, 1)), flops),
     ]
-
-
-def _speed(run: Run, flops: float, calls: int = 1) -> float:
-    run()  # brings the operands into the cache
-    return 1e-9 * flops * calls / time_on_cpu(run, calls)
 
 
 class Quartiles(NamedTuple):
@@ -112,10 +123,12 @@ def race(
     sample_seconds: float,
     probe: Probe,
     timer: Timer = time_on_cpu,
+    repeats: int = 1,
 ) -> Race:
     """Time every contestant once a round, in an order shuffled anew (but repeatably) for every round.
 
-    A sample is as many calls as take about `sample_seconds`; the probe runs before and after each sample.
+    A sample is as many calls as take about `sample_seconds`; the probe runs before and after each sample. A call that
+    does the same `repeats` times over counts as that many.
     """
     calls = {name: _calibrate(run, timer, sample_seconds) for name, run in contestants.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
@@ -125,7 +138,7 @@ def race(
         for _ in range(rounds):
             slowest = probe()
             for name in shuffler.sample(list(contestants), len(contestants)):
-                seconds[name].append(timer(contestants[name], calls[name]) / calls[name])
+                seconds[name].append(timer(contestants[name], calls[name]) / (calls[name] * repeats))
                 slowest = min(slowest, probe())
             probes.append(slowest)
     return Race({name: np.array(samples) for name, samples in seconds.items()}, np.array(probes))

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from lenet_fast.nn import ConvActPool2d, ConvSubsample2d, ScaledTanh, SparseConv
 from lenet_fast.tables import LENET5_C3, Connections
 
 OURS = "fused"
+TRITON = "fused-triton"
 SUBSAMPLE = "subsample"  # LeCun's trainable pooling, with an activation of its own
 
 _ACTIVATIONS = {"sigmoid": nn.Sigmoid, "relu": nn.ReLU, "tanh": nn.Tanh, "scaled_tanh": ScaledTanh}
@@ -37,6 +38,12 @@ class Layer:
         pairs = len(self.connections) if self.connections else self.in_channels * self.out_channels
         forward = 2 * pairs * self.kernel_size**2 * side**2
         return forward if passes == "forward" else forward * (2 + self.needs_input_grad)
+
+    def elements(self, passes: str) -> int:
+        """Of an image's input, output and their gradients: what has to be read or written once, whoever computes."""
+        side = (self.size + 2 * self.padding - self.kernel_size + 1) // 2
+        input, output = self.in_channels * self.size**2, self.out_channels * side**2
+        return input + output if passes == "forward" else (1 + self.needs_input_grad) * input + 2 * output
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,7 @@ class Contestant:
     store: Callable[[Layer, Parameters], Parameters] = as_they_are
     memory_format: torch.memory_format = torch.contiguous_format
     compiled: bool = False
+    compile_options: Mapping[str, object] = field(default_factory=dict)
 
 
 # ---- Our operators
@@ -87,6 +95,12 @@ def build_fused(case: Case) -> nn.Module:
 def build_fused_dense(case: Case) -> nn.Module:
     """All connections computed, absent ones with weight 0: what the table saves (training would change these)."""
     return build_fused(replace(case, layer=replace(case.layer, connections=None)))
+
+
+def build_fused_triton(case: Case) -> nn.Module:
+    module = build_fused(case)
+    module.backend = "triton"
+    return module
 
 
 # ---- Plain PyTorch
@@ -203,6 +217,12 @@ SPARSE = {
     "sliced": gathered(one_by_one),
     "grouped": gathered(by_fan_in),
     "grouped-channels-last": replace(gathered(by_fan_in), memory_format=torch.channels_last),
+}
+ON_CUDA = {  # in addition, whatever the layer
+    TRITON: Contestant(build_fused_triton),
+    "compile-max-autotune": replace(
+        PLAIN, compiled=True, compile_options={"max_autotune": True, "coordinate_descent_tuning": True}
+    ),
 }
 
 _POOLED = (("sigmoid", "avg"), ("relu", "max"))  # as in lenet5_d2l and in lenet5

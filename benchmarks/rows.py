@@ -1,6 +1,7 @@
 """Rows of a results file: the columns that every benchmark writes, and reading and writing them as CSV."""
 
 import csv
+import os
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -42,17 +43,21 @@ def measurement(race: Race, contestant: str, *, to: str, images: int, flops: flo
 
 def environment() -> Row:
     """What the figures depend on besides the arguments; no host names, no paths."""
-    from lenet_fast import _build_info  # here: importing this module must work where nothing is compiled
+    try:
+        from lenet_fast import _build_info
 
+        built = {"compiler": _build_info.compiler, "isa": _build_info.selected_isa()}
+    except ImportError:
+        built = {"compiler": "nothing compiled", "isa": "none"}
     return {
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
         "lenet_fast": lenet_fast.__version__,
-        "commit": _git("rev-parse", "HEAD") or "unknown",
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("LENET_FAST_COMMIT", "unknown"),
         "dirty": _dirty(),
         "torch": torch.__version__,
-        "compiler": _build_info.compiler,
+        "compiler": built["compiler"],
         "cpu": _cpu_model(),
-        "isa": _build_info.selected_isa(),
+        "isa": built["isa"],
         "threads": torch.get_num_threads(),
     }
 

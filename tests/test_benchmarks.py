@@ -82,6 +82,7 @@ def test_one_row_for_each_contestant_of_each_race(written: Path) -> None:
     pooled, subsampled = [("sigmoid", "avg"), ("relu", "max")], [("scaled_tanh", "subsample")]
     assert raced == [
         (layer, *variant, one_pass, contestant)
+        for one_pass in ("forward", "forward+backward")
         for layer, variants, rivals in (
             ("c1", pooled, EAGER),
             ("c3", pooled, EAGER),
@@ -89,7 +90,7 @@ def test_one_row_for_each_contestant_of_each_race(written: Path) -> None:
             ("c1s2", subsampled, EAGER),
             ("c3s4", subsampled, EAGER_SPARSE),
         )
-        for variant, one_pass, contestant in product(variants, ("forward", "forward+backward"), ("fused", *rivals))
+        for variant, contestant in product(variants, ("fused", *rivals))
     ]
     for row in rows:
         assert (row["batch"], row["threads"], row["rounds"], row["dtype"]) == ("3", "1", "2", "float32")
@@ -183,7 +184,9 @@ def test_refuses_to_time_a_wrong_contestant(tmp_path: Path) -> None:
     path = tmp_path / "ops.csv"
     result = run("-c", PLANT, BENCHMARKS, *QUICK, "--rivals", "eager,planted", "--csv", path)
     assert result.returncode == 1
-    assert re.search(r"refusing to time c1 sigmoid avg forward: planted: output: off by [23]\.\d+e-05", result.stderr)
+    assert re.search(
+        r"refusing to time c1 sigmoid avg forward batch 3: planted: output: off by [23]\.\d+e-05", result.stderr
+    )
     assert result.stdout == ""
     assert not path.exists()
 
@@ -259,9 +262,9 @@ def test_a_right_contestant_is_timed(bench_ops, layers, one_pass) -> None:
 
 
 def check_only(bench_ops: ModuleType, layer, contestant, variant, one_pass) -> None:
-    case = bench_ops.Case(dataclasses.replace(layer, contestants={"planted": contestant}), *variant)
-    options = {"rounds": 1, "sample_seconds": 0.0, "probe": None}
-    bench_ops.measure(case, one_pass, ["planted"], batch=5, dtype=torch.float32, **options)
+    case = bench_ops.Case(layer, *variant)
+    options = {"rounds": 1, "sample_seconds": 0.0, "device": bench_ops.Device("cpu", None, None)}
+    bench_ops.measure(case, one_pass, {"planted": contestant}, batch=5, dtype=torch.float32, **options)
 
 
 @pytest.mark.usefixtures("never_timed")
@@ -322,7 +325,7 @@ def test_only_what_is_compiled_may_be_less_exact(bench_ops, layers, monkeypatch)
     monkeypatch.setattr(bench_ops.agreement, "check", lambda name, *_, slack, **__: slacks.update({name: slack}))
     monkeypatch.setattr(bench_ops.torch, "compile", lambda module, **_: module)
     case = bench_ops.Case(layers.LAYERS["c3s4"], "scaled_tanh", "subsample")
-    options = {"rounds": 1, "sample_seconds": 0.0, "probe": None}
+    options = {"rounds": 1, "sample_seconds": 0.0, "device": bench_ops.Device("cpu", None, None)}
     with pytest.raises(AssertionError, match="timed"):
         bench_ops.measure(case, "forward", layers.SPARSE, batch=2, dtype=torch.float32, **options)
     assert slacks == {"fused": 1, **dict.fromkeys(EAGER_SPARSE, 1), "compile": 4, "compile-channels-last": 4}
