@@ -2,6 +2,8 @@ import os
 
 # Threads that spin at a barrier starve each other when the machine runs anything else. Before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Without it, cuBLAS refuses the deterministic mode that `poisoned_memory` switches on.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch

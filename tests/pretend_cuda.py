@@ -110,7 +110,7 @@ def install():
     from lenet_fast import backends
 
     properties = SimpleNamespace(
-        name="pretended GPU", L2_cache_size=2**20, multi_processor_count=1, total_memory=2**30, major=9, minor=0
+        name="pretended GPU", L2_cache_size=2**14, multi_processor_count=1, total_memory=2**30, major=9, minor=0
     )
     torch.cuda.__dict__.update(
         is_available=lambda: True,
