@@ -47,6 +47,7 @@ lint: $(VENV)/.requirements
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/shellcheck .ci/run benchmarks/gpu_run.sh
 
 format: $(VENV)/.requirements
 	$(BIN)/ruff check --fix .
