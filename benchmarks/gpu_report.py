@@ -25,7 +25,7 @@ _PROGRAMS = {"nvcc": "no CUDA kernels are built", "compute-sanitizer": "no sanit
 
 
 def before() -> str:
-    """The GPU's name as part of a file's name; prints what is missing and what that costs.
+    """The GPU's name as part of a file's name, its compute capability; prints what is missing and what that costs.
 
     Raises:
         SystemExit: no CUDA device.
@@ -39,7 +39,8 @@ def before() -> str:
     missing |= {program: cost for program, cost in _PROGRAMS.items() if shutil.which(program) is None}
     for what, cost in missing.items():
         print(f"missing here: {what}: {cost}", file=sys.stderr)
-    return re.sub(r"\W+", "_", name.lower().removeprefix("nvidia ")).strip("_")
+    short = re.sub(r"\W+", "_", name.lower().removeprefix("nvidia ")).strip("_")
+    return "{} {}.{}".format(short, *torch.cuda.get_device_capability())
 
 
 def after(steps: Path, result: Path) -> bool:

@@ -22,7 +22,9 @@ done
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 MAX_JOBS="${MAX_JOBS:-$(nproc)}"
 export LENET_FAST_CUDA="${LENET_FAST_CUDA:-1}"
 
-gpu=$("${python[@]}" benchmarks/gpu_report.py before) || exit 2
+facts=$("${python[@]}" benchmarks/gpu_report.py before) || exit 2
+read -r gpu capability <<< "$facts"
+export TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$capability}" # what other GPUs need takes time
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 log=$out/gpu_run.log

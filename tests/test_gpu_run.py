@@ -56,7 +56,7 @@ def test_unknown_steps_are_refused(tmp_path):
 
 FAKE_PYTHON = """#!/usr/bin/env bash
 case "$*" in
-  *"gpu_report.py before") echo fake_gpu ;;
+  *"gpu_report.py before") echo fake_gpu 9.0 ;;
   *"gpu_report.py after"*) exec {python} "$@" ;;
   *setup.py*) echo "cannot be built"; exit 3 ;;
   *bench_ops.py*) sleep 60 ;;
