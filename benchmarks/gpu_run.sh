@@ -19,7 +19,7 @@ for name in "${chosen[@]}"; do
     exit 2
   fi
 done
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 MAX_JOBS="${MAX_JOBS:-$(nproc)}"
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 MAX_JOBS="${MAX_JOBS:-$(nproc)}"
 export LENET_FAST_CUDA="${LENET_FAST_CUDA:-1}"
 
 facts=$("${python[@]}" benchmarks/gpu_report.py before) || exit 2
