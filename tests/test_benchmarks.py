@@ -49,6 +49,12 @@ def bench_ops(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.fixture
+def operator_race(bench_ops: ModuleType) -> ModuleType:
+    """What bench_ops races with."""
+    return import_module("operator_race")
+
+
+@pytest.fixture
 def layers(bench_ops: ModuleType) -> ModuleType:
     return import_module("layers")
 
@@ -239,37 +245,37 @@ class _Scale(torch.autograd.Function):
         ("nan", "planted: output: off by nan"),
     ],
 )
-def test_every_result_is_checked(bench_ops, layers, fault, message, variant) -> None:
+def test_every_result_is_checked(operator_race, layers, fault, message, variant) -> None:
     planted = layers.Contestant(lambda case: Wrong(layers.build_plain(case), fault))
-    with pytest.raises(bench_ops.agreement.Disagreement, match=message):
-        check_only(bench_ops, layers.LAYERS["c3"], planted, variant, "forward+backward")
+    with pytest.raises(operator_race.agreement.Disagreement, match=message):
+        check_only(operator_race, layers.LAYERS["c3"], planted, variant, "forward+backward")
 
 
 @pytest.mark.usefixtures("never_timed")
 @pytest.mark.parametrize("fault", ["shape", "dtype", "nan"])
-def test_output_is_checked_in_forward(bench_ops, layers, fault) -> None:
+def test_output_is_checked_in_forward(operator_race, layers, fault) -> None:
     planted = layers.Contestant(lambda case: Wrong(layers.build_plain(case), fault))
-    with pytest.raises(bench_ops.agreement.Disagreement, match="planted: output: "):
-        check_only(bench_ops, layers.LAYERS["c3"], planted, ("relu", "max"), "forward")
+    with pytest.raises(operator_race.agreement.Disagreement, match="planted: output: "):
+        check_only(operator_race, layers.LAYERS["c3"], planted, ("relu", "max"), "forward")
 
 
 @pytest.mark.usefixtures("never_timed")
 @pytest.mark.parametrize("one_pass", ["forward", "forward+backward"])
-def test_a_right_contestant_is_timed(bench_ops, layers, one_pass) -> None:
+def test_a_right_contestant_is_timed(operator_race, layers, one_pass) -> None:
     planted = layers.Contestant(lambda case: Wrong(layers.build_plain(case), "none"))
     with pytest.raises(AssertionError, match="timed"):
-        check_only(bench_ops, layers.LAYERS["c3"], planted, ("relu", "max"), one_pass)
+        check_only(operator_race, layers.LAYERS["c3"], planted, ("relu", "max"), one_pass)
 
 
-def check_only(bench_ops: ModuleType, layer, contestant, variant, one_pass) -> None:
-    case = bench_ops.Case(layer, *variant)
-    options = {"rounds": 1, "sample_seconds": 0.0, "device": bench_ops.Device("cpu", None, None)}
-    bench_ops.measure(case, one_pass, {"planted": contestant}, batch=5, dtype=torch.float32, **options)
+def check_only(operator_race: ModuleType, layer, contestant, variant, one_pass) -> None:
+    case = operator_race.Case(layer, *variant)
+    options = {"rounds": 1, "sample_seconds": 0.0, "device": operator_race.Device("cpu", None, None)}
+    operator_race.measure(case, one_pass, {"planted": contestant}, batch=5, dtype=torch.float32, **options)
 
 
 @pytest.mark.usefixtures("never_timed")
 @pytest.mark.parametrize("name", ["eager", "sliced", "grouped"])
-def test_a_connection_with_a_wrong_gradient_is_found(bench_ops, layers, name) -> None:
+def test_a_connection_with_a_wrong_gradient_is_found(operator_race, layers, name) -> None:
     """In whatever layout; a connection of the last map, whose gradient is not the largest."""
     right = layers.SPARSE[name]
 
@@ -280,18 +286,20 @@ def test_a_connection_with_a_wrong_gradient_is_found(bench_ops, layers, name) ->
         return module
 
     planted = dataclasses.replace(right, build=build)
-    with pytest.raises(bench_ops.agreement.Disagreement, match="planted: gradient of weight: off by"):
-        check_only(bench_ops, layers.LAYERS["c3s4"], planted, ("scaled_tanh", "subsample"), "forward+backward")
+    with pytest.raises(operator_race.agreement.Disagreement, match="planted: gradient of weight: off by"):
+        check_only(operator_race, layers.LAYERS["c3s4"], planted, ("scaled_tanh", "subsample"), "forward+backward")
 
 
 @pytest.mark.parametrize("name", ["eager", *EAGER_SPARSE[2:]])
-def test_gradients_have_the_layout_of_the_fused_layer(bench_ops, layers, name) -> None:
+def test_gradients_have_the_layout_of_the_fused_layer(operator_race, layers, name) -> None:
     """Against autograd through the fused layer's own parameters; float64, so that only the layout can differ."""
-    case = bench_ops.Case(layers.LAYERS["c3s4"], "scaled_tanh", "subsample")
-    operands = bench_ops.Operands.make(case, 3, torch.float32).double()
+    case = operator_race.Case(layers.LAYERS["c3s4"], "scaled_tanh", "subsample")
+    operands = operator_race.Operands.make(case, 3, torch.float32).double()
     contestant = layers.SPARSE[name]
     one_pass = "forward+backward"
-    results = bench_ops.results(bench_ops.prepare(contestant, case, operands, one_pass), contestant, case, one_pass)
+    results = operator_race.results(
+        operator_race.prepare(contestant, case, operands, one_pass), contestant, case, one_pass
+    )
 
     wanted = [tensor.clone().requires_grad_() for tensor in (operands.input, *operands.parameters)]
     output = conv_subsample(*wanted, table=LENET5_C3, backend="reference")
@@ -304,7 +312,7 @@ def test_gradients_have_the_layout_of_the_fused_layer(bench_ops, layers, name) -
 
 
 @pytest.mark.parametrize("slack", [{}, {"slack": 4}])
-def test_bounds_are_two_and_three_times_pytorchs_own_error(bench_ops, slack) -> None:
+def test_bounds_are_two_and_three_times_pytorchs_own_error(operator_race, slack) -> None:
     """Around each bound: what is just inside passes, what is just outside is refused."""
     truth = {name: torch.ones(4, dtype=torch.float64) for name in ("output", "gradient of weight")}
     own = {name: torch.full((4,), 1 + 1e-4) for name in truth}
@@ -312,26 +320,26 @@ def test_bounds_are_two_and_three_times_pytorchs_own_error(bench_ops, slack) -> 
     for name, factor in (("output", 2), ("gradient of weight", 3)):
         bound = (factor * (own[name][0].double().item() - 1) + floor) * slack.get("slack", 1)
         results = {**own, name: torch.full((4,), 1 + 0.99 * bound)}
-        bench_ops.agreement.check("near", results, truth=truth, own=own, **slack)
+        operator_race.agreement.check("near", results, truth=truth, own=own, **slack)
         results = {**own, name: torch.full((4,), 1 + 1.01 * bound)}
-        with pytest.raises(bench_ops.agreement.Disagreement, match=f"far: {name}: off by"):
-            bench_ops.agreement.check("far", results, truth=truth, own=own, **slack)
+        with pytest.raises(operator_race.agreement.Disagreement, match=f"far: {name}: off by"):
+            operator_race.agreement.check("far", results, truth=truth, own=own, **slack)
 
 
 @needs_native
 @pytest.mark.usefixtures("never_timed")
-def test_only_what_is_compiled_may_be_less_exact(bench_ops, layers, monkeypatch) -> None:
+def test_only_what_is_compiled_may_be_less_exact(operator_race, layers, monkeypatch) -> None:
     slacks = {}
-    monkeypatch.setattr(bench_ops.agreement, "check", lambda name, *_, slack, **__: slacks.update({name: slack}))
-    monkeypatch.setattr(bench_ops.torch, "compile", lambda module, **_: module)
-    case = bench_ops.Case(layers.LAYERS["c3s4"], "scaled_tanh", "subsample")
-    options = {"rounds": 1, "sample_seconds": 0.0, "device": bench_ops.Device("cpu", None, None)}
+    monkeypatch.setattr(operator_race.agreement, "check", lambda name, *_, slack, **__: slacks.update({name: slack}))
+    monkeypatch.setattr(operator_race.torch, "compile", lambda module, **_: module)
+    case = operator_race.Case(layers.LAYERS["c3s4"], "scaled_tanh", "subsample")
+    options = {"rounds": 1, "sample_seconds": 0.0, "device": operator_race.Device("cpu", None, None)}
     with pytest.raises(AssertionError, match="timed"):
-        bench_ops.measure(case, "forward", layers.SPARSE, batch=2, dtype=torch.float32, **options)
+        operator_race.measure(case, "forward", layers.SPARSE, batch=2, dtype=torch.float32, **options)
     assert slacks == {"fused": 1, **dict.fromkeys(EAGER_SPARSE, 1), "compile": 4, "compile-channels-last": 4}
 
 
-def test_no_gradient_comes_in_where_rounding_decides(bench_ops, layers) -> None:
+def test_no_gradient_comes_in_where_rounding_decides(operator_race, layers) -> None:
     blocks = torch.tensor(
         [
             [[3.0, 1.0], [2.0, -1.0]],  # plain
@@ -345,7 +353,9 @@ def test_no_gradient_comes_in_where_rounding_decides(bench_ops, layers) -> None:
     layer = layers.LAYERS["c3"]
 
     def stable(activation: str, pool: str) -> list[bool]:
-        return bench_ops._stable(conv, bench_ops.Case(layer, activation, pool), torch.float32).flatten().tolist()
+        return (
+            operator_race._stable(conv, operator_race.Case(layer, activation, pool), torch.float32).flatten().tolist()
+        )
 
     assert stable("relu", "max") == [True, False, False, True]
     assert stable("sigmoid", "max") == [True, False, True, True]
@@ -358,11 +368,11 @@ def test_no_gradient_comes_in_where_rounding_decides(bench_ops, layers) -> None:
     [("c1", "eager"), ("c3", "eager"), ("sparse-c3", "sliced"), ("c1s2", "eager"), ("c3s4", "sliced")],
 )
 @pytest.mark.parametrize("one_pass", ["forward", "forward+backward"])
-def test_operations_are_those_that_pytorch_counts(bench_ops, layers, name, contestant, one_pass) -> None:
+def test_operations_are_those_that_pytorch_counts(operator_race, layers, name, contestant, one_pass) -> None:
     layer = layers.LAYERS[name]
-    case = bench_ops.Case(layer, *layer.variants[0])
-    operands = bench_ops.Operands.make(case, 2, torch.float32)
-    call = bench_ops.prepare(layer.contestants[contestant], case, operands, one_pass)
+    case = operator_race.Case(layer, *layer.variants[0])
+    operands = operator_race.Operands.make(case, 2, torch.float32)
+    call = operator_race.prepare(layer.contestants[contestant], case, operands, one_pass)
     with FlopCounter() as counter:
         call()
     assert 2 * layer.flops(one_pass) == counter.total

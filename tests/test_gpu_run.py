@@ -211,21 +211,21 @@ def test_events_are_around_all_calls(monkeypatch):
 
 def test_bytes_are_those_of_inputs_outputs_and_their_gradients():
     layers = import_module("layers").LAYERS
-    bench_ops = import_module("bench_ops")
+    operator_race = import_module("operator_race")
     readme = (BENCHMARKS / "README.md").read_text()
     for name, layer in layers.items():
-        case = bench_ops.Case(layer, *layer.variants[0])
-        operands = bench_ops.Operands.make(case, 2, torch.float32)
-        results = bench_ops.results(
-            bench_ops.prepare(bench_ops.PLAIN, case, operands, "forward+backward"),
-            bench_ops.PLAIN,
+        case = operator_race.Case(layer, *layer.variants[0])
+        operands = operator_race.Operands.make(case, 2, torch.float32)
+        results = operator_race.results(
+            operator_race.prepare(operator_race.PLAIN, case, operands, "forward+backward"),
+            operator_race.PLAIN,
             case,
             "forward+backward",
         )
         input, output = operands.input.nbytes, results["output"].nbytes
         once = input + output
         twice = once + operands.grad_output.nbytes + (input if "gradient of input" in results else 0)
-        assert [2 * 4 * layer.elements(each) for each in bench_ops.PASSES] == [once, twice]
+        assert [2 * 4 * layer.elements(each) for each in operator_race.PASSES] == [once, twice]
         assert re.search(rf"^\| `{name}` .*\| {twice // 2:,} \|$", readme, re.MULTILINE)
 
 
