@@ -76,7 +76,7 @@ class Measured:
     flops: int
     bytes: int
 
-    def rows(self, device: Device, settings: rows.Row) -> Iterable[rows.Row]:
+    def as_rows(self, device: Device, settings: rows.Row) -> Iterable[rows.Row]:
         """A row for each contestant."""
         for contestant in self.race.seconds:
             row = {**self.key, "contestant": contestant}
@@ -190,7 +190,7 @@ def main(
 
 
 def _table(races: Iterable[Measured], device: Device, settings: rows.Row) -> list[rows.Row]:
-    return [row for measured in races for row in measured.rows(device, settings)]
+    return [row for measured in races for row in measured.as_rows(device, settings)]
 
 
 def _print_conditions(races: Sequence[Measured], device: Device) -> None:

@@ -7,7 +7,7 @@ python benchmarks/gpu_report.py after STEPS RESULT     # RESULT.csv and the step
 import re
 import shutil
 import sys
-from importlib import util
+from importlib import metadata, util
 from pathlib import Path
 
 import gpu_table
@@ -34,7 +34,8 @@ def before() -> str:
         print(f"gpu_run: no CUDA device (PyTorch {torch.__version__})", file=sys.stderr)
         raise SystemExit(2)
     name = torch.cuda.get_device_name()
-    print(f"{name}, {torch.cuda.device_count()} of them, PyTorch {torch.__version__}", file=sys.stderr)
+    versions = ", ".join(f"{package} {metadata.version(package)}" for package in ("torch", "setuptools"))
+    print(f"{name}, {torch.cuda.device_count()} of them, {versions}", file=sys.stderr)
     missing = {package: cost for package, cost in _PACKAGES.items() if util.find_spec(package) is None}
     missing |= {program: cost for program, cost in _PROGRAMS.items() if shutil.which(program) is None}
     for what, cost in missing.items():

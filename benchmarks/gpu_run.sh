@@ -43,7 +43,7 @@ step() {
     return 0
   fi
   printf '\n=== %s: %s\n' "$name" "$*" >> "$log"
-  timeout --kill-after=5 $((seconds < left ? seconds : left)) "$@" >> "$log" 2>&1
+  timeout --signal=INT --kill-after=10 $((seconds < left ? seconds : left)) "$@" >> "$log" 2>&1
   printf '%s\t%s\t%s\t%s\n' "$name" $? $((SECONDS - start)) "$(tail -n 1 "$log" | tr -d '\t')" >> "$steps"
 }
 

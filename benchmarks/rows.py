@@ -48,7 +48,7 @@ def environment() -> Row:
 
         built = {"compiler": _build_info.compiler, "isa": _build_info.selected_isa()}
     except ImportError:
-        built = {"compiler": "nothing compiled", "isa": "none"}
+        built = {"compiler": "unknown", "isa": "unknown"}
     return {
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
         "lenet_fast": lenet_fast.__version__,

@@ -160,6 +160,10 @@ def test_picture_without_matplotlib_is_a_clear_message(written, tmp_path, monkey
         {"rivals": "jax"},
         {"rivals": "sliced", "layers": "c1,c1s2"},  # which have no such contestant
         {"dtype": "float64"},
+        {"device": "tpu"},
+        {"passes": "backward"},
+        {"batch": "128,many"},
+        {"batch": "0"},
         {"csv": Path("no/such/folder/ops.csv")},
     ],
 )
@@ -446,6 +450,14 @@ def test_every_round_times_everyone_in_changing_order(bench_ops) -> None:
     machine.log.clear()
     bench_ops.harness.race(runs, **options)
     assert machine.log[-40:] == first  # repeatable
+
+
+def test_a_call_that_repeats_counts_as_often(bench_ops) -> None:
+    machine = Machine(contestants=2)
+    runs = {name: machine.contestant(name) for name in ("a", "b")}
+    options = {"rounds": 2, "sample_seconds": 12, "probe": machine.probe, "timer": machine.timer}
+    race = bench_ops.harness.race(runs, **options, repeats=4)
+    assert race.times("b") == pytest.approx((0.75, 0.75, 0.75))
 
 
 def test_probe_measures_the_machine(bench_ops) -> None:

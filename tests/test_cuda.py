@@ -72,6 +72,11 @@ def assert_equal(results, expected):
     assert all(result.isfinite().all() for result in results)
 
 
+def assert_close(results, expected):
+    """In float32, where the order of a sum may be another."""
+    assert all(error(a, b) < 1e-5 for a, b in zip(results, expected, strict=True))
+
+
 @backend
 @pytest.mark.parametrize("case", [case for case in CASES if case.batch < 40], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -220,7 +225,7 @@ def test_tensors_of_a_device_that_is_not_current(case, current, other, backend):
         call = Call.make(case, backend, device=f"cuda:{other}")
         results = call()
     assert all(result.device == call.leaves[0].device for result in results)
-    assert_equal([result.cpu() for result in results], [result.cpu() for result in expected])
+    assert_close([result.cpu() for result in results], [result.cpu() for result in expected])
 
 
 # ---- Sizes
@@ -328,8 +333,7 @@ def test_compiled(case, dynamic, backend):
         return case.run(leaves, *call.options, backend) * 1
 
     output = run(*call.leaves)
-    results = output.detach(), *torch.autograd.grad(output, call.leaves, call.grad_output)
-    assert_equal(results, call())
+    assert_close([output.detach(), *torch.autograd.grad(output, call.leaves, call.grad_output)], call())
 
 
 @pytest.mark.parametrize("make", [models.lenet1, models.lenet5, models.lenet5_d2l, models.lenet5_1998])
