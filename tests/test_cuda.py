@@ -249,11 +249,15 @@ def in_chunks(call, size=4096):
 @backend
 @pytest.mark.parametrize("batch", [65_536, 70_000])
 @pytest.mark.parametrize("case", [Case(0, 1, 8, 8, 2, 3), LENET_C1, SPARSE_C3, LENET_1998_C3], ids=str)
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
-def test_large_batches(case, batch, dtype, bound, backend):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_large_batches(case, batch, dtype, backend):
     call = Call.make(replace(case, batch=batch), backend, dtype)
-    for result, expected in zip(call(), in_chunks(call), strict=True):
-        assert error(result, expected) < bound
+    (output, *grads), (expected, *expected_grads) = call(), in_chunks(call)
+    eps = torch.finfo(dtype).eps
+    assert error(output, expected) < 100 * eps
+    terms = expected.numel() / expected.shape[1]  # that a weight's gradient sums: rounding grows as a random walk
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert error(grad, expected_grad) < 2 * eps * terms**0.5
 
 
 @backend
