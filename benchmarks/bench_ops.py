@@ -4,6 +4,7 @@ import itertools
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +152,7 @@ def main(
         print(title, "...", file=sys.stderr)
 
         def leave_out(contestant: str, error: Exception, title: str = title) -> None:
-            failures.append(f"{title}: without {contestant}: {type(error).__name__}: {error}")
+            failures.append(f"{title}: without {contestant}: {_explained(error)}")
 
         try:
             measured = measure(
@@ -167,7 +168,7 @@ def main(
             )
         except Exception as error:
             if keep_going:
-                failures.append(f"{title}: not raced: {type(error).__name__}: {error}")
+                failures.append(f"{title}: not raced: {_explained(error)}")
                 continue
             if isinstance(error, agreement.Disagreement):
                 raise SystemExit(f"bench_ops: refusing to time {title}: {error}") from None
@@ -187,6 +188,13 @@ def main(
         print("FAILED", failure)
     if failures:
         raise SystemExit(1)
+
+
+def _explained(error: Exception) -> str:
+    """Type and first line; the whole, for who looks into the log, on stderr."""
+    traceback.print_exception(error)
+    first, *_ = f"{type(error).__name__}: {error}".splitlines()
+    return first
 
 
 def _table(races: Iterable[Measured], device: Device, settings: rows.Row) -> list[rows.Row]:

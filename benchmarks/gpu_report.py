@@ -21,6 +21,7 @@ _PACKAGES = {
     "triton": "no Triton kernels, no torch.compile",
     "xdist": "the tests run one by one",
 }
+_SETUPTOOLS = 77  # reads pyproject.toml
 _PROGRAMS = {"nvcc": "no CUDA kernels are built", "compute-sanitizer": "no sanitizers"}
 
 
@@ -38,6 +39,8 @@ def before() -> str:
     print(f"{name}, {torch.cuda.device_count()} of them, {versions}", file=sys.stderr)
     missing = {package: cost for package, cost in _PACKAGES.items() if util.find_spec(package) is None}
     missing |= {program: cost for program, cost in _PROGRAMS.items() if shutil.which(program) is None}
+    if int(metadata.version("setuptools").partition(".")[0]) < _SETUPTOOLS:
+        missing[f"setuptools {_SETUPTOOLS} or later"] = "nothing is built"
     for what, cost in missing.items():
         print(f"missing here: {what}: {cost}", file=sys.stderr)
     short = re.sub(r"\W+", "_", name.lower().removeprefix("nvidia ")).strip("_")

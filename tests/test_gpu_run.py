@@ -54,6 +54,24 @@ def test_unknown_steps_are_refused(tmp_path):
     assert done.stderr.strip() == "gpu_run: expected build, test, sanitize or bench, got 'bnch'"
 
 
+def test_what_is_missing_is_said_with_its_cost(monkeypatch, capsys):
+    gpu_report = import_module("gpu_report")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu_report.util, "find_spec", lambda name: None if name == "xdist" else name)
+    monkeypatch.setattr(gpu_report.shutil, "which", lambda name: None if name == "nvcc" else name)
+    monkeypatch.setattr(gpu_report.metadata, "version", lambda name: {"setuptools": "65.5.0"}.get(name, "2.11.0"))
+    assert gpu_report.before() == "h100_80gb_hbm3 9.0"
+    assert capsys.readouterr().err.splitlines() == [
+        "NVIDIA H100 80GB HBM3, 1 of them, torch 2.11.0, setuptools 65.5.0",
+        "missing here: xdist: the tests run one by one",
+        "missing here: nvcc: no CUDA kernels are built",
+        "missing here: setuptools 77 or later: nothing is built",
+    ]
+
+
 FAKE_PYTHON = """#!/usr/bin/env bash
 case "$*" in
   *"gpu_report.py before") echo fake_gpu 9.0 ;;
