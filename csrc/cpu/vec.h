@@ -112,36 +112,27 @@ LF_INLINE Vec<T> tanh(Vec<T> z) {
   return magnitude < T(0.625) ? small : (z < T(0) ? -large : large);
 }
 
-template <Activation A, typename T>
-LF_INLINE Vec<T> activate(Vec<T> z) {
-  if constexpr (A == Activation::relu) {
-    return z < T(0) ? Vec<T>{} : z;
-  } else if constexpr (A == Activation::sigmoid) {
-    return sigmoid<T>(z);
-  } else if constexpr (A == Activation::tanh) {
-    return tanh<T>(z);
-  } else if constexpr (A == Activation::scaled_tanh) {
-    return T(kScaledTanhAmplitude) * tanh<T>(T(kScaledTanhSlope) * z);
-  } else {
-    return z;
-  }
-}
+template <typename T>
+struct Activated {
+  Vec<T> y, derivative;
+};
 
+// The activation at z and its derivative there; what the caller does not use costs nothing.
 template <Activation A, typename T>
-LF_INLINE Vec<T> activation_derivative(Vec<T> z) {
+LF_INLINE Activated<T> activate(Vec<T> z) {
   if constexpr (A == Activation::relu) {
-    return z <= T(0) ? Vec<T>{} : splat(T(1));
+    return {z < T(0) ? Vec<T>{} : z, z <= T(0) ? Vec<T>{} : splat(T(1))};
   } else if constexpr (A == Activation::sigmoid) {
     const Vec<T> y = sigmoid<T>(z);
-    return y * (T(1) - y);
+    return {y, y * (T(1) - y)};
   } else if constexpr (A == Activation::tanh) {
     const Vec<T> y = tanh<T>(z);
-    return T(1) - y * y;
+    return {y, T(1) - y * y};
   } else if constexpr (A == Activation::scaled_tanh) {
     const Vec<T> y = tanh<T>(T(kScaledTanhSlope) * z);
-    return T(kScaledTanhAmplitude * kScaledTanhSlope) * (T(1) - y * y);
+    return {T(kScaledTanhAmplitude) * y, T(kScaledTanhAmplitude * kScaledTanhSlope) * (T(1) - y * y)};
   } else {
-    return splat(T(1));
+    return {z, splat(T(1))};
   }
 }
 
