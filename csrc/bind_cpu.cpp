@@ -78,7 +78,11 @@ void sum_rows(T* totals, const T* rows, int64_t count, int64_t stride, int64_t l
   }
 }
 
-Tensor forward(const Operands& operands, const ConvGeometry& geometry) {
+// Beyond this size, writing and reading a record costs more than recomputing it (docs/performance.md).
+constexpr int64_t kMaxRecordBytes = int64_t{16} << 20;
+
+// The output and, if wanted, a record for backward; an empty one where it would be too large.
+std::pair<Tensor, Tensor> forward(const Operands& operands, const ConvGeometry& geometry, bool recording) {
   return with_compute_type(operands.input, [&]<typename T>(T, ScalarType dtype) {
     const auto& kernel = kernels().conv_act_pool<T>();
     const std::optional<Tensor> x = as_operand(operands.input, dtype), w = as_operand(operands.weight, dtype),
@@ -86,24 +90,40 @@ Tensor forward(const Operands& operands, const ConvGeometry& geometry) {
                                 d = as_operand(operands.subsample_bias, dtype);
     const Tensor output = torch::stable::new_empty(
         *x, {geometry.batch, geometry.out_channels, geometry.out_height(), geometry.out_width()});
-    const ConvActPoolForward<T> arguments{
-        geometry, data<T>(x), data<T>(w), data<T>(b), data<T>(c), data<T>(d), mutable_data<T>(output)};
+    const int64_t blocks = (geometry.batch + kernel.lanes - 1) / kernel.lanes;
+    const int64_t record_size = recording ? blocks * kernel.record_size(geometry) : 0;
+    const bool keep = record_size > 0 && record_size <= kMaxRecordBytes / int64_t{sizeof(T)};
+    const Tensor record = torch::stable::new_empty(*x, {keep ? record_size : 0});
+    const ConvActPoolForward<T> arguments{geometry,
+                                          data<T>(x),
+                                          data<T>(w),
+                                          data<T>(b),
+                                          data<T>(c),
+                                          data<T>(d),
+                                          mutable_data<T>(output),
+                                          keep ? mutable_data<T>(record) : nullptr};
     const Ranges ranges(geometry.batch, kernel.lanes, kernel.forward_workspace_bytes(geometry), operands.input);
     ranges.run([&](int64_t, int64_t begin, int64_t end, void* workspace) {
       kernel.forward(arguments, begin, end, workspace);
     });
-    return as_operand(output, operands.input.scalar_type());
+    return std::pair(as_operand(output, operands.input.scalar_type()), record);
   });
 }
 
-Gradients backward(const Tensor& grad_output, const Operands& operands, const ConvGeometry& geometry,
-                   const Needs& needs) {
+// `record`: of forward for these operands; empty: recompute.
+Gradients backward(const Tensor& grad_output, const std::optional<Tensor>& record, const Operands& operands,
+                   const ConvGeometry& geometry, const Needs& needs) {
   return with_compute_type(operands.input, [&]<typename T>(T, ScalarType dtype) {
     const auto& kernel = kernels().conv_act_pool<T>();
     const std::optional<Tensor> g = as_operand(grad_output, dtype), x = as_operand(operands.input, dtype),
                                 w = as_operand(operands.weight, dtype), b = as_operand(operands.bias, dtype),
                                 c = as_operand(operands.coefficient, dtype),
                                 d = as_operand(operands.subsample_bias, dtype);
+    const int64_t record_size = (geometry.batch + kernel.lanes - 1) / kernel.lanes * kernel.record_size(geometry);
+    const bool recorded = record.has_value() && record->numel() > 0;
+    if (recorded && (record->numel() != record_size || record->scalar_type() != dtype || !record->is_contiguous())) {
+      fail("record: expected the one that forward made of these operands, got shape ", shape(*record));
+    }
     const auto gradient = [&](bool needed, const std::optional<Tensor>& of) {
       return needed && of.has_value() ? torch::stable::new_empty(*of, of->sizes(), dtype)
                                       : torch::stable::new_empty(*x, {0}, dtype);
@@ -129,6 +149,7 @@ Gradients backward(const Tensor& grad_output, const Operands& operands, const Co
                        data<T>(b),
                        data<T>(c),
                        data<T>(d),
+                       recorded ? data<T>(record) : nullptr,
                        grad_input,
                        {at(1), at(2), at(3), at(4)}},
                       begin, end, workspace);
@@ -143,11 +164,66 @@ Gradients backward(const Tensor& grad_output, const Operands& operands, const Co
 }
 
 struct Backend {
-  static constexpr auto forward = &cpu::forward;
-  static constexpr auto backward = &cpu::backward;
+  static Tensor forward(const Operands& operands, const ConvGeometry& geometry) {
+    return cpu::forward(operands, geometry, false).first;
+  }
+
+  static Gradients backward(const Tensor& grad_output, const Operands& operands, const ConvGeometry& geometry,
+                            const Needs& needs) {
+    return cpu::backward(grad_output, std::nullopt, operands, geometry, needs);
+  }
 };
 
-STABLE_TORCH_LIBRARY_IMPL(lenet_fast, CPU, library) { FusedConvolutions<Backend>::implement(library); }
+// --- private operators: any fused convolution with a record from forward to backward ---------------------------------
+
+using Indices = std::vector<int64_t>;
+
+Pool parse_pool(const Name& pool, const std::optional<Tensor>& coefficient) {
+  return coefficient.has_value() ? Pool::subsample : lenet_fast::parse_pool(pool);
+}
+
+std::tuple<Tensor, Tensor> conv_recording(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                                          const std::optional<Tensor>& coefficient,
+                                          const std::optional<Tensor>& pool_bias,
+                                          const std::optional<Indices>& connections, int64_t out_channels,
+                                          int64_t padding, const Name& activation, const Name& pool) {
+  return with_geometry({input, weight, bias, coefficient, pool_bias}, connections, out_channels, padding, activation,
+                       parse_pool(pool, coefficient), [](const Operands& operands, const ConvGeometry& geometry) {
+                         const auto [output, record] = forward(operands, geometry, true);
+                         return std::tuple(output, record);
+                       });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_recorded_backward(
+    const Tensor& grad_output, const Tensor& record, const Tensor& input, const Tensor& weight,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& coefficient, const std::optional<Tensor>& pool_bias,
+    const std::optional<Indices>& connections, int64_t out_channels, int64_t padding, const Name& activation,
+    const Name& pool, bool need_input, bool need_weight, bool need_bias, bool need_coefficient, bool need_pool_bias) {
+  const Needs needs{need_input, need_weight, need_bias, need_coefficient, need_pool_bias};
+  return with_geometry({input, weight, bias, coefficient, pool_bias}, connections, out_channels, padding, activation,
+                       parse_pool(pool, coefficient), [&](const Operands& operands, const ConvGeometry& geometry) {
+                         check_grad_output(grad_output, operands, geometry);
+                         const Gradients grads = backward(grad_output, record, operands, geometry, needs);
+                         return std::tuple(grads[0], grads[1], grads[2], grads[3], grads[4]);
+                       });
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lenet_fast, library) {
+  const std::string arguments =
+      "Tensor input, Tensor weight, Tensor? bias, Tensor? coefficient, Tensor? pool_bias, int[]? connections, "
+      "int out_channels, int padding, str activation, str pool";
+  library.def(("_conv_recording(" + arguments + ") -> (Tensor, Tensor)").c_str());
+  library.def(("_conv_recorded_backward(Tensor grad_output, Tensor record, " + arguments +
+               ", bool need_input, bool need_weight, bool need_bias, bool need_coefficient, bool need_pool_bias) "
+               "-> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+                  .c_str());
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lenet_fast, CPU, library) {
+  FusedConvolutions<Backend>::implement(library);
+  library.impl("_conv_recording", TORCH_BOX(&conv_recording));
+  library.impl("_conv_recorded_backward", TORCH_BOX(&conv_recorded_backward));
+}
 
 }  // namespace
 }  // namespace lenet_fast::cpu

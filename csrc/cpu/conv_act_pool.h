@@ -1,8 +1,8 @@
 // Fused convolution + activation + 2x2 pooling over ranges of images: load a block, compute (conv_block.h), store.
 //
 // An image's bytes: forward reads the input once and writes the pooled output once; backward reads input and output
-// gradient and writes the input gradient. Its operations: 2 M forward, 2 M each for the recomputed pre-activation, the
-// weight gradient and the input gradient.
+// gradient and writes the input gradient. Its operations: 2 M forward, 2 M each for the weight gradient, the input
+// gradient and, unless forward kept a record, the recomputed pre-activation.
 #pragma once
 
 #include "conv_block_backward.h"
@@ -67,6 +67,13 @@ class InputLoader {
   const int32_t* positions_ = nullptr;  // null: the planes have no padding
 };
 
+// Where the record of the block that begins with image `first` is; null without a record.
+template <typename T, typename Value>
+auto block_record(Value* record, const BlockLayout& layout, int64_t first) {
+  using V = std::conditional_t<std::is_const_v<Value>, const Vec<T>, Vec<T>>;
+  return record != nullptr ? reinterpret_cast<V*>(record) + first / kLanes<T> * layout.record_size : nullptr;
+}
+
 template <typename V>
 Planes<V> dense_planes(V* data, int64_t height, int64_t width) {
   return {data, height * width, width};
@@ -84,7 +91,7 @@ void conv_act_pool_forward(const ConvActPoolForward<T>& p, int64_t begin, int64_
   for (int64_t first = begin; first < end; first += kLanes<T>) {
     const int64_t count = std::min<int64_t>(kLanes<T>, end - first);
     input.load(p.input, first, count);
-    forward_block<T>(layer, workspace + at.input, output, nullptr);
+    forward_block<T>(layer, workspace + at.input, output, block_record<T>(p.record, layer.layout, first));
     store_block<T>(p.output + first * values, output.data, values, count);
   }
 }
@@ -125,10 +132,13 @@ void conv_act_pool_backward(const ConvActPoolBackward<T>& p, int64_t begin, int6
       valid[lane] = -1;
     }
     input.load(p.input, first, count);
-    forward_block<T>(layer, workspace + at.input, output, workspace + at.record);
+    const Vec<T>* record = block_record<T>(p.record, layer.layout, first);
+    if (record == nullptr) {
+      forward_block<T>(layer, workspace + at.input, output, workspace + at.record);
+      record = workspace + at.record;
+    }
     load_block<T>(output.data, nullptr, p.grad_output + first * values, values, count);
-    backward_block<T>(layer, valid, workspace + at.record, output, workspace + at.input, sums, grad_input,
-                      workspace + at.scratch);
+    backward_block<T>(layer, valid, record, output, workspace + at.input, sums, grad_input, workspace + at.scratch);
     if (p.grad_input != nullptr) {
       store_block<T>(p.grad_input + first * pixels, grad_input.data, pixels, count);
     }
@@ -140,8 +150,17 @@ void conv_act_pool_backward(const ConvActPoolBackward<T>& p, int64_t begin, int6
 }
 
 template <typename T>
+int64_t record_size(const ConvGeometry& g) {
+  return BlockLayout(g).record_size * kLanes<T>;
+}
+
+template <typename T>
 constexpr ConvActPoolKernels<T> conv_act_pool_kernels() {
-  return {kLanes<T>, workspace_bytes<T, false>, workspace_bytes<T, true>, conv_act_pool_forward<T>,
+  return {kLanes<T>,
+          record_size<T>,
+          workspace_bytes<T, false>,
+          workspace_bytes<T, true>,
+          conv_act_pool_forward<T>,
           conv_act_pool_backward<T>};
 }
 

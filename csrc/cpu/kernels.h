@@ -13,6 +13,7 @@ struct ConvActPoolForward {
   const T *input, *weight, *bias;         // bias may be null
   const T *coefficient, *subsample_bias;  // (out_channels) for Pool::subsample
   T* output;
+  T* record;  // what backward can use instead of recomputing it, `record_size` values a block; null: not wanted
 };
 
 // Where this range of images puts its sums; null: not wanted.
@@ -25,7 +26,8 @@ template <typename T>
 struct ConvActPoolBackward {
   ConvGeometry geometry;
   const T *grad_output, *input, *weight, *bias, *coefficient, *subsample_bias;
-  T* grad_input;  // null: not wanted
+  const T* record;  // of forward, aligned to 64 bytes; null: recompute it
+  T* grad_input;    // null: not wanted
   ParameterSums<T> sums;
 };
 
@@ -34,6 +36,7 @@ struct ConvActPoolBackward {
 template <typename T>
 struct ConvActPoolKernels {
   int64_t lanes;
+  int64_t (*record_size)(const ConvGeometry&);
   size_t (*forward_workspace_bytes)(const ConvGeometry&);
   size_t (*backward_workspace_bytes)(const ConvGeometry&);
   void (*forward)(const ConvActPoolForward<T>&, int64_t begin, int64_t end, void* workspace);
