@@ -7,7 +7,7 @@
 // Everything is a loop over connections (output map, input map), so a sparse table is just a shorter loop.
 #pragma once
 
-#include "vec.h"
+#include "vec_math.h"
 
 namespace lenet_fast::cpu::LENET_FAST_ISA {
 
