@@ -31,6 +31,25 @@ auto with_compute_type(const Tensor& input, F&& f) {
   return input.scalar_type() == ScalarType::Double ? f(double{}, ScalarType::Double) : f(float{}, ScalarType::Float);
 }
 
+// The gradient of the input from that of its bands' pieces, which overlap.
+template <typename T>
+void merge_bands(T* grad_input, const T* pieces, const ConvGeometry& image, const Bands& bands) {
+  const ConvGeometry& piece = bands.piece;
+  std::fill(grad_input, grad_input + image.batch * image.in_channels * image.height * image.width, T(0));
+  for (int64_t p = 0; p < piece.batch; ++p) {
+    const int64_t top = p % bands.per_image * bands.conv_rows() - bands.frame;
+    for (int64_t c = 0; c < image.in_channels; ++c) {
+      T* target = grad_input + (p / bands.per_image * image.in_channels + c) * image.height * image.width;
+      const T* source = pieces + (p * piece.in_channels + c) * piece.height * piece.width + bands.frame;
+      for (int64_t y = std::max<int64_t>(0, -top); y < std::min(piece.height, image.height - top); ++y) {
+        for (int64_t x = 0; x < image.width; ++x) {
+          target[(top + y) * image.width + x] += source[y * piece.width + x];
+        }
+      }
+    }
+  }
+}
+
 // Contiguous ranges of whole blocks, one a thread, each with its own workspace.
 class Ranges {
  public:
@@ -81,6 +100,11 @@ void sum_rows(T* totals, const T* rows, int64_t count, int64_t stride, int64_t l
 // Beyond this size, writing and reading a record costs more than recomputing it (docs/performance.md).
 constexpr int64_t kMaxRecordBytes = int64_t{16} << 20;
 
+template <typename T>
+int64_t total_record_size(const ConvActPoolKernels<T>& kernel, const Bands& bands) {
+  return (bands.piece.batch + kernel.lanes - 1) / kernel.lanes * kernel.record_size(bands.piece);
+}
+
 // The output and, if wanted, a record for backward; an empty one where it would be too large.
 std::pair<Tensor, Tensor> forward(const Operands& operands, const ConvGeometry& geometry, bool recording) {
   return with_compute_type(operands.input, [&]<typename T>(T, ScalarType dtype) {
@@ -90,11 +114,12 @@ std::pair<Tensor, Tensor> forward(const Operands& operands, const ConvGeometry& 
                                 d = as_operand(operands.subsample_bias, dtype);
     const Tensor output = torch::stable::new_empty(
         *x, {geometry.batch, geometry.out_channels, geometry.out_height(), geometry.out_width()});
-    const int64_t blocks = (geometry.batch + kernel.lanes - 1) / kernel.lanes;
-    const int64_t record_size = recording ? blocks * kernel.record_size(geometry) : 0;
+    const Bands bands = choose_bands(geometry, kernel.lanes);
+    const int64_t record_size = recording ? total_record_size(kernel, bands) : 0;
     const bool keep = record_size > 0 && record_size <= kMaxRecordBytes / int64_t{sizeof(T)};
     const Tensor record = torch::stable::new_empty(*x, {keep ? record_size : 0});
     const ConvActPoolForward<T> arguments{geometry,
+                                          bands,
                                           data<T>(x),
                                           data<T>(w),
                                           data<T>(b),
@@ -102,7 +127,7 @@ std::pair<Tensor, Tensor> forward(const Operands& operands, const ConvGeometry& 
                                           data<T>(d),
                                           mutable_data<T>(output),
                                           keep ? mutable_data<T>(record) : nullptr};
-    const Ranges ranges(geometry.batch, kernel.lanes, kernel.forward_workspace_bytes(geometry), operands.input);
+    const Ranges ranges(bands.piece.batch, kernel.lanes, kernel.forward_workspace_bytes(bands.piece), operands.input);
     ranges.run([&](int64_t, int64_t begin, int64_t end, void* workspace) {
       kernel.forward(arguments, begin, end, workspace);
     });
@@ -119,9 +144,10 @@ Gradients backward(const Tensor& grad_output, const std::optional<Tensor>& recor
                                 w = as_operand(operands.weight, dtype), b = as_operand(operands.bias, dtype),
                                 c = as_operand(operands.coefficient, dtype),
                                 d = as_operand(operands.subsample_bias, dtype);
-    const int64_t record_size = (geometry.batch + kernel.lanes - 1) / kernel.lanes * kernel.record_size(geometry);
+    const Bands bands = choose_bands(geometry, kernel.lanes);
     const bool recorded = record.has_value() && record->numel() > 0;
-    if (recorded && (record->numel() != record_size || record->scalar_type() != dtype || !record->is_contiguous())) {
+    if (recorded && (record->numel() != total_record_size(kernel, bands) || record->scalar_type() != dtype ||
+                     !record->is_contiguous())) {
       fail("record: expected the one that forward made of these operands, got shape ", shape(*record));
     }
     const auto gradient = [&](bool needed, const std::optional<Tensor>& of) {
@@ -136,13 +162,18 @@ Gradients backward(const Tensor& grad_output, const std::optional<Tensor>& recor
       offset[i] = (i > 1 ? offset[i - 1] + grads[i - 1].numel() : 0);
     }
     const int64_t length = offset.back() + grads.back().numel();
-    const Ranges ranges(geometry.batch, kernel.lanes, kernel.backward_workspace_bytes(geometry), operands.input);
+    const Ranges ranges(bands.piece.batch, kernel.lanes, kernel.backward_workspace_bytes(bands.piece), operands.input);
+    const Tensor pieces = needs.input && bands.per_image > 1
+                              ? torch::stable::new_empty(*x, {bands.piece.batch, geometry.in_channels,
+                                                              bands.piece.height, bands.piece.width})
+                              : grads[0];
     const Tensor sums = torch::stable::new_empty(*x, {ranges.count(), length});
     T* const rows = mutable_data<T>(sums);
     ranges.run([&](int64_t range, int64_t begin, int64_t end, void* workspace) {
       const auto at = [&](size_t i) { return grads[i].numel() > 0 ? rows + range * length + offset[i] : nullptr; };
-      T* const grad_input = grads[0].numel() > 0 ? mutable_data<T>(grads[0]) : nullptr;
+      T* const grad_input = pieces.numel() > 0 ? mutable_data<T>(pieces) : nullptr;
       kernel.backward({geometry,
+                       bands,
                        data<T>(g),
                        data<T>(x),
                        data<T>(w),
@@ -154,6 +185,9 @@ Gradients backward(const Tensor& grad_output, const std::optional<Tensor>& recor
                        {at(1), at(2), at(3), at(4)}},
                       begin, end, workspace);
     });
+    if (needs.input && bands.per_image > 1) {
+      merge_bands(mutable_data<T>(grads[0]), mutable_data<T>(pieces), geometry, bands);
+    }
     for (size_t i = 1; i < grads.size(); ++i) {
       sum_rows(mutable_data<T>(grads[i]), rows + offset[i], ranges.count(), length, grads[i].numel());
     }

@@ -13,66 +13,88 @@ namespace lenet_fast::cpu::LENET_FAST_ISA {
 // Offsets of a range's arrays in its workspace, in vectors.
 template <typename T>
 struct Workspace {
-  int64_t input, output, record, grad_input, scratch, weight_sums, map_sums, positions, end;
+  int64_t input, output, record, grad_input, scratch, weight_sums, map_sums, end;
 
   Workspace(const ConvGeometry& g, const BlockLayout& layout, bool backward) {
     int64_t next = 0;
     const auto take = [&next](int64_t vectors) { return std::exchange(next, next + vectors); };
-    const int64_t pixels = g.in_channels * g.height * g.width;
     input = take(layout.input_size);
     output = take(g.out_channels * g.out_height() * g.out_width());
     record = take(backward ? layout.record_size : 0);
-    grad_input = take(backward ? pixels : 0);
+    grad_input = take(backward ? g.in_channels * g.height * g.width : 0);
     scratch = take(backward ? layout.scratch_size : 0);
     weight_sums = take(backward ? layout.weight_sums_size : 0);
     map_sums = take(backward ? layout.map_sums_size : 0);
-    positions = take(pixels * int64_t{sizeof(int32_t)} / int64_t{sizeof(Vec<T>)} + 1);
     end = next;
   }
 };
 
 template <typename T, bool Backward>
-size_t workspace_bytes(const ConvGeometry& g) {
-  return static_cast<size_t>(Workspace<T>(g, BlockLayout(g), Backward).end) * sizeof(Vec<T>);
+size_t workspace_bytes(const ConvGeometry& piece) {
+  return static_cast<size_t>(Workspace<T>(piece, BlockLayout(piece), Backward).end) * sizeof(Vec<T>);
 }
 
-// Loads images into the padded input planes of a layer; the padding is cleared once.
 template <typename T>
-class InputLoader {
- public:
-  InputLoader(const ConvLayer<T>& layer, Vec<T>* input, int32_t* positions)
-      : pixels_(layer.g.in_channels * layer.g.height * layer.g.width), input_(input) {
-    const ConvGeometry& g = layer.g;
-    std::fill(input, input + layer.layout.input_size, Vec<T>{});
-    if (layer.layout.input_plane != g.height * g.width) {
-      positions_ = positions;
-      const Planes<Vec<T>> inner = layer.inner(input);
-      for (int64_t c = 0; c < g.in_channels; ++c) {
-        for (int64_t y = 0; y < g.height; ++y) {
-          for (int64_t x = 0; x < g.width; ++x) {
-            *positions++ = static_cast<int32_t>(inner.at(c, y, x) - input);
-          }
-        }
-      }
-    }
-  }
+int64_t record_size(const ConvGeometry& piece) {
+  return BlockLayout(piece).record_size * kLanes<T>;
+}
 
-  void load(const T* images, int64_t first, int64_t count) const {
-    load_block<T>(input_, positions_, images + first * pixels_, pixels_, count);
-  }
-
- private:
-  int64_t pixels_;
-  Vec<T>* input_;
-  const int32_t* positions_ = nullptr;  // null: the planes have no padding
-};
-
-// Where the record of the block that begins with image `first` is; null without a record.
+// Where the record of the block that begins with band `first` is; null without a record.
 template <typename T, typename Value>
 auto block_record(Value* record, const BlockLayout& layout, int64_t first) {
   using V = std::conditional_t<std::is_const_v<Value>, const Vec<T>, Vec<T>>;
   return record != nullptr ? reinterpret_cast<V*>(record) + first / kLanes<T> * layout.record_size : nullptr;
 }
+
+// The lanes of the block of bands [first, end): each begins `band_size` values behind the band before it in its image.
+template <typename Value>
+Lanes<Value> block_lanes(const Bands& bands, int64_t first, int64_t end, Value* images, int64_t image_size,
+                         int64_t band_size) {
+  Lanes<Value> lanes;
+  for (int64_t lane = 0; lane < std::min<int64_t>(lanes.count, end - first); ++lane) {
+    const int64_t image = (first + lane) / bands.per_image, band = (first + lane) % bands.per_image;
+    lanes.begin[lane] = images + image * image_size + band * band_size;
+  }
+  return lanes;
+}
+
+// The bands [first, end) of the input into the (cleared) input planes of a layer.
+template <typename T>
+void load_input(const ConvLayer<T>& layer, const ConvGeometry& image, const Bands& bands, const T* images,
+                int64_t first, int64_t end, Vec<T>* input) {
+  const ConvGeometry& piece = layer.g;
+  const int64_t image_size = image.in_channels * image.height * image.width;
+  const T* const images_end = images + image.batch * image_size;
+  const Lanes<const T> lanes = block_lanes(bands, first, end, images, image_size, bands.conv_rows() * image.width);
+  if (layer.layout.input_plane == image.height * image.width) {
+    return load_run<T>(input, lanes, 0, image_size, images_end);
+  }
+  const Planes<Vec<T>> target = layer.inner(input);
+  for (int64_t y = 0; y < piece.height; ++y) {
+    // The frame above the first band and below the last one is no part of the image.
+    Lanes<const T> inside = lanes;
+    for (int64_t lane = 0; bands.frame > 0 && lane < lanes.count; ++lane) {
+      const int64_t row = (first + lane) % bands.per_image * bands.conv_rows() + y - bands.frame;
+      inside.begin[lane] = row >= 0 && row < image.height ? lanes.begin[lane] : nullptr;
+    }
+    for (int64_t c = 0; c < piece.in_channels; ++c) {
+      load_run<T>(target.at(c, y, bands.frame), inside, (c * image.height + y - bands.frame) * image.width, image.width,
+                  images_end);
+    }
+  }
+}
+
+// How the pooled rows of a band lie in the output of the whole batch: one run an image, or one a band and map.
+struct OutputRuns {
+  int64_t image_size, band_size, count, stride, length;
+
+  OutputRuns(const ConvGeometry& image, const Bands& bands)
+      : image_size(image.out_channels * image.out_height() * image.out_width()),
+        band_size(bands.piece.out_height() * image.out_width()),
+        count(bands.per_image > 1 ? image.out_channels : 1),
+        stride(image.out_height() * image.out_width()),
+        length(bands.per_image > 1 ? band_size : image_size) {}
+};
 
 template <typename V>
 Planes<V> dense_planes(V* data, int64_t height, int64_t width) {
@@ -81,18 +103,20 @@ Planes<V> dense_planes(V* data, int64_t height, int64_t width) {
 
 template <typename T>
 void conv_act_pool_forward(const ConvActPoolForward<T>& p, int64_t begin, int64_t end, void* memory) {
-  const ConvGeometry& g = p.geometry;
-  const ConvLayer<T> layer{g, BlockLayout(g), p.weight, p.bias, p.coefficient, p.subsample_bias};
-  const Workspace<T> at(g, layer.layout, false);
+  const ConvGeometry& piece = p.bands.piece;
+  const ConvLayer<T> layer{piece, BlockLayout(piece), p.weight, p.bias, p.coefficient, p.subsample_bias};
+  const Workspace<T> at(piece, layer.layout, false);
+  const OutputRuns runs(p.geometry, p.bands);
   Vec<T>* const workspace = static_cast<Vec<T>*>(memory);
-  const InputLoader<T> input(layer, workspace + at.input, reinterpret_cast<int32_t*>(workspace + at.positions));
-  const Planes<Vec<T>> output = dense_planes(workspace + at.output, g.out_height(), g.out_width());
-  const int64_t values = g.out_channels * g.out_height() * g.out_width();
+  const Planes<Vec<T>> output = dense_planes(workspace + at.output, piece.out_height(), piece.out_width());
+  std::fill(workspace + at.input, workspace + at.output, Vec<T>{});
   for (int64_t first = begin; first < end; first += kLanes<T>) {
-    const int64_t count = std::min<int64_t>(kLanes<T>, end - first);
-    input.load(p.input, first, count);
+    load_input<T>(layer, p.geometry, p.bands, p.input, first, end, workspace + at.input);
     forward_block<T>(layer, workspace + at.input, output, block_record<T>(p.record, layer.layout, first));
-    store_block<T>(p.output + first * values, output.data, values, count);
+    const Lanes<T> lanes = block_lanes(p.bands, first, end, p.output, runs.image_size, runs.band_size);
+    for (int64_t run = 0; run < runs.count; ++run) {
+      store_run<T>(lanes, run * runs.stride, output.data + run * runs.length, runs.length);
+    }
   }
 }
 
@@ -113,45 +137,45 @@ void sum_lanes(T* totals, const Vec<T>* sums, int64_t count, int64_t stride = 1)
 
 template <typename T>
 void conv_act_pool_backward(const ConvActPoolBackward<T>& p, int64_t begin, int64_t end, void* memory) {
-  const ConvGeometry& g = p.geometry;
-  const ConvLayer<T> layer{g, BlockLayout(g), p.weight, p.bias, p.coefficient, p.subsample_bias};
-  const Workspace<T> at(g, layer.layout, true);
+  const ConvGeometry& piece = p.bands.piece;
+  const ConvLayer<T> layer{piece, BlockLayout(piece), p.weight, p.bias, p.coefficient, p.subsample_bias};
+  const Workspace<T> at(piece, layer.layout, true);
+  const OutputRuns runs(p.geometry, p.bands);
   Vec<T>* const workspace = static_cast<Vec<T>*>(memory);
-  const InputLoader<T> input(layer, workspace + at.input, reinterpret_cast<int32_t*>(workspace + at.positions));
-  const Planes<Vec<T>> output = dense_planes(workspace + at.output, g.out_height(), g.out_width());
-  const Planes<Vec<T>> grad_input =
-      dense_planes(p.grad_input != nullptr ? workspace + at.grad_input : nullptr, g.height, g.width);
   Vec<T>* const map_sums = workspace + at.map_sums;
+  const Planes<Vec<T>> output = dense_planes(workspace + at.output, piece.out_height(), piece.out_width());
+  const Planes<Vec<T>> grad_input =
+      dense_planes(p.grad_input != nullptr ? workspace + at.grad_input : nullptr, piece.height, piece.width);
   const BlockSums<T> sums{p.sums.weight != nullptr ? workspace + at.weight_sums : nullptr, map_sums};
-  std::fill(workspace + at.weight_sums, workspace + at.positions, Vec<T>{});
-  const int64_t values = g.out_channels * g.out_height() * g.out_width(), pixels = g.in_channels * g.height * g.width;
+  const int64_t piece_size = piece.in_channels * piece.height * piece.width;
+  const T* const grad_output_end = p.grad_output + p.geometry.batch * runs.image_size;
+  std::fill(workspace + at.input, workspace + at.output, Vec<T>{});
+  std::fill(workspace + at.weight_sums, workspace + at.end, Vec<T>{});
   for (int64_t first = begin; first < end; first += kLanes<T>) {
-    const int64_t count = std::min<int64_t>(kLanes<T>, end - first);
     VecInt<T> valid{};
-    for (int64_t lane = 0; lane < count; ++lane) {
+    for (int64_t lane = 0; lane < std::min<int64_t>(kLanes<T>, end - first); ++lane) {
       valid[lane] = -1;
     }
-    input.load(p.input, first, count);
+    load_input<T>(layer, p.geometry, p.bands, p.input, first, end, workspace + at.input);
     const Vec<T>* record = block_record<T>(p.record, layer.layout, first);
     if (record == nullptr) {
       forward_block<T>(layer, workspace + at.input, output, workspace + at.record);
       record = workspace + at.record;
     }
-    load_block<T>(output.data, nullptr, p.grad_output + first * values, values, count);
+    const Lanes<const T> lanes = block_lanes(p.bands, first, end, p.grad_output, runs.image_size, runs.band_size);
+    for (int64_t run = 0; run < runs.count; ++run) {
+      load_run<T>(output.data + run * runs.length, lanes, run * runs.stride, runs.length, grad_output_end);
+    }
     backward_block<T>(layer, valid, record, output, workspace + at.input, sums, grad_input, workspace + at.scratch);
     if (p.grad_input != nullptr) {
-      store_block<T>(p.grad_input + first * pixels, grad_input.data, pixels, count);
+      const Bands pieces{1, piece, 0};
+      store_run<T>(block_lanes(pieces, first, end, p.grad_input, piece_size, 0), 0, grad_input.data, piece_size);
     }
   }
   sum_lanes<T>(p.sums.weight, workspace + at.weight_sums, layer.layout.weight_sums_size);
-  sum_lanes<T>(p.sums.bias, map_sums, g.out_channels, 3);
-  sum_lanes<T>(p.sums.coefficient, map_sums + 1, g.out_channels, 3);
-  sum_lanes<T>(p.sums.subsample_bias, map_sums + 2, g.out_channels, 3);
-}
-
-template <typename T>
-int64_t record_size(const ConvGeometry& g) {
-  return BlockLayout(g).record_size * kLanes<T>;
+  sum_lanes<T>(p.sums.bias, map_sums, piece.out_channels, 3);
+  sum_lanes<T>(p.sums.coefficient, map_sums + 1, piece.out_channels, 3);
+  sum_lanes<T>(p.sums.subsample_bias, map_sums + 2, piece.out_channels, 3);
 }
 
 template <typename T>

@@ -38,6 +38,21 @@ LF_INLINE void store(T* target, Vec<T> value) {
   __builtin_memcpy(target, &value, sizeof(value));
 }
 
+// The first `count` elements; the others 0.
+template <typename T>
+LF_INLINE Vec<T> load_partial(const T* source, int64_t count) {
+  T values[kLanes<T>] = {};
+  std::copy(source, source + count, values);
+  return load(values);
+}
+
+template <typename T>
+LF_INLINE void store_partial(T* target, Vec<T> value, int64_t count) {
+  T values[kLanes<T>];
+  store(values, value);
+  std::copy(values, values + count, target);
+}
+
 // Clamp from one side; NaN stays.
 template <typename T>
 LF_INLINE Vec<T> at_least(Vec<T> value, T bound) {
