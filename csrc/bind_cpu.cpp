@@ -1,6 +1,8 @@
 // The CPU kernels as operators: check, fill the parameter struct, run in PyTorch's thread pool.
 #include <algorithm>
 #include <cstring>
+#include <memory>
+#include <new>
 
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
@@ -50,6 +52,56 @@ void merge_bands(T* grad_input, const T* pieces, const ConvGeometry& image, cons
   }
 }
 
+// A new contiguous tensor. `new_empty` goes through the dispatcher, which takes longer than a small convolution.
+Tensor allocate(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) {
+    strides[i - 1] = strides[i] * std::max<int64_t>(1, sizes[i]);
+  }
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                  static_cast<int32_t>(dtype), aoti_torch_device_type_cpu(), 0,
+                                                  &handle));
+  return Tensor(handle);
+}
+
+// A thread's memory for intermediate results, aligned to 64 bytes. Small ones are kept from call to call: fresh pages
+// cost more than the work on them.
+class Workspace {
+ public:
+  explicit Workspace(size_t bytes) {
+    constexpr size_t kept = size_t{4} << 20;
+    static thread_local Memory own;
+    Memory& memory = bytes <= kept ? own : large_;
+    if (memory.size() < bytes) {
+      memory = Memory(bytes);
+    }
+    data_ = memory.data();
+  }
+
+  void* data() const { return data_; }
+
+ private:
+  class Memory {
+   public:
+    explicit Memory(size_t bytes = 0) : size_(bytes), data_(bytes > 0 ? allocate(bytes) : nullptr) {}
+    size_t size() const { return size_; }
+    void* data() const { return data_.get(); }
+
+   private:
+    struct Free {
+      void operator()(void* data) const { ::operator delete(data, std::align_val_t{64}); }
+    };
+    static void* allocate(size_t bytes) { return ::operator new(bytes, std::align_val_t{64}); }
+
+    size_t size_;
+    std::unique_ptr<void, Free> data_;
+  };
+
+  Memory large_;
+  void* data_;
+};
+
 // Contiguous ranges of whole blocks, one a thread, each with its own workspace.
 class Ranges {
  public:
@@ -58,13 +110,12 @@ class Ranges {
         lanes_(lanes),
         blocks_((batch + lanes - 1) / lanes),
         count_(std::min<int64_t>(blocks_, torch::stable::get_num_threads())),
-        stride_(static_cast<int64_t>((workspace_bytes + 63) / 64 * 64)) {
+        workspace_bytes_(workspace_bytes) {
     constexpr int64_t limit = int64_t{4} << 30;  // rather an error than a machine out of memory
-    if (count_ * stride_ > limit) {
-      fail("input: shape ", shape(like), " needs ", (count_ * stride_) >> 20,
+    if (count_ * static_cast<int64_t>(workspace_bytes) > limit) {
+      fail("input: shape ", shape(like), " needs ", (count_ * static_cast<int64_t>(workspace_bytes)) >> 20,
            " MiB of workspace, more than the 4096 that the CPU kernels take; use backend='reference'");
     }
-    memory_ = torch::stable::new_empty(like, {count_ * stride_}, ScalarType::Byte);
   }
 
   int64_t count() const { return count_; }
@@ -72,18 +123,24 @@ class Ranges {
   // f(range, first image, end image, workspace)
   template <typename F>
   void run(const F& f) const {
-    char* memory = mutable_data<char>(memory_);
+    const auto run_range = [&](int64_t range) {
+      const Workspace workspace(workspace_bytes_);
+      f(range, lanes_ * (blocks_ * range / count_), std::min(batch_, lanes_ * (blocks_ * (range + 1) / count_)),
+        workspace.data());
+    };
+    if (count_ == 1) {
+      return run_range(0);
+    }
     torch::stable::parallel_for(0, count_, 1, [&](int64_t first, int64_t last) {
       for (int64_t range = first; range < last; ++range) {
-        f(range, lanes_ * (blocks_ * range / count_), std::min(batch_, lanes_ * (blocks_ * (range + 1) / count_)),
-          memory + stride_ * range);
+        run_range(range);
       }
     });
   }
 
  private:
-  int64_t batch_, lanes_, blocks_, count_, stride_;
-  Tensor memory_;
+  int64_t batch_, lanes_, blocks_, count_;
+  size_t workspace_bytes_;
 };
 
 // totals[i] = sum of row[i] over the rows, in order.
@@ -112,12 +169,12 @@ std::pair<Tensor, Tensor> forward(const Operands& operands, const ConvGeometry& 
     const std::optional<Tensor> x = as_operand(operands.input, dtype), w = as_operand(operands.weight, dtype),
                                 b = as_operand(operands.bias, dtype), c = as_operand(operands.coefficient, dtype),
                                 d = as_operand(operands.subsample_bias, dtype);
-    const Tensor output = torch::stable::new_empty(
-        *x, {geometry.batch, geometry.out_channels, geometry.out_height(), geometry.out_width()});
+    const Tensor output =
+        allocate({geometry.batch, geometry.out_channels, geometry.out_height(), geometry.out_width()}, dtype);
     const Bands bands = choose_bands(geometry, kernel.lanes);
     const int64_t record_size = recording ? total_record_size(kernel, bands) : 0;
     const bool keep = record_size > 0 && record_size <= kMaxRecordBytes / int64_t{sizeof(T)};
-    const Tensor record = torch::stable::new_empty(*x, {keep ? record_size : 0});
+    const Tensor record = allocate({keep ? record_size : 0}, dtype);
     const ConvActPoolForward<T> arguments{geometry,
                                           bands,
                                           data<T>(x),
@@ -151,8 +208,8 @@ Gradients backward(const Tensor& grad_output, const std::optional<Tensor>& recor
       fail("record: expected the one that forward made of these operands, got shape ", shape(*record));
     }
     const auto gradient = [&](bool needed, const std::optional<Tensor>& of) {
-      return needed && of.has_value() ? torch::stable::new_empty(*of, of->sizes(), dtype)
-                                      : torch::stable::new_empty(*x, {0}, dtype);
+      return needed && of.has_value() ? allocate({of->sizes().begin(), of->sizes().end()}, dtype)
+                                      : allocate({0}, dtype);
     };
     const std::array grads{gradient(needs.input, x), gradient(needs.weight, w), gradient(needs.bias, b),
                            gradient(needs.coefficient, c), gradient(needs.subsample_bias, d)};
@@ -163,12 +220,12 @@ Gradients backward(const Tensor& grad_output, const std::optional<Tensor>& recor
     }
     const int64_t length = offset.back() + grads.back().numel();
     const Ranges ranges(bands.piece.batch, kernel.lanes, kernel.backward_workspace_bytes(bands.piece), operands.input);
-    const Tensor pieces = needs.input && bands.per_image > 1
-                              ? torch::stable::new_empty(*x, {bands.piece.batch, geometry.in_channels,
-                                                              bands.piece.height, bands.piece.width})
-                              : grads[0];
-    const Tensor sums = torch::stable::new_empty(*x, {ranges.count(), length});
-    T* const rows = mutable_data<T>(sums);
+    const Tensor pieces =
+        needs.input && bands.per_image > 1
+            ? allocate({bands.piece.batch, geometry.in_channels, bands.piece.height, bands.piece.width}, dtype)
+            : grads[0];
+    std::vector<T> sums(ranges.count() * length);
+    T* const rows = sums.data();
     ranges.run([&](int64_t range, int64_t begin, int64_t end, void* workspace) {
       const auto at = [&](size_t i) { return grads[i].numel() > 0 ? rows + range * length + offset[i] : nullptr; };
       T* const grad_input = pieces.numel() > 0 ? mutable_data<T>(pieces) : nullptr;
