@@ -166,12 +166,13 @@ int64_t total_record_size(const ConvActPoolKernels<T>& kernel, const Bands& band
 std::pair<Tensor, Tensor> forward(const Operands& operands, const ConvGeometry& geometry, bool recording) {
   return with_compute_type(operands.input, [&]<typename T>(T, ScalarType dtype) {
     const auto& kernel = kernels().conv_act_pool<T>();
+    const Bands bands = choose_bands(geometry, kernel.lanes);
+    const Ranges ranges(bands.piece.batch, kernel.lanes, kernel.forward_workspace_bytes(bands.piece), operands.input);
     const std::optional<Tensor> x = as_operand(operands.input, dtype), w = as_operand(operands.weight, dtype),
                                 b = as_operand(operands.bias, dtype), c = as_operand(operands.coefficient, dtype),
                                 d = as_operand(operands.subsample_bias, dtype);
     const Tensor output =
         allocate({geometry.batch, geometry.out_channels, geometry.out_height(), geometry.out_width()}, dtype);
-    const Bands bands = choose_bands(geometry, kernel.lanes);
     const int64_t record_size = recording ? total_record_size(kernel, bands) : 0;
     const bool keep = record_size > 0 && record_size <= kMaxRecordBytes / int64_t{sizeof(T)};
     const Tensor record = allocate({keep ? record_size : 0}, dtype);
@@ -184,7 +185,6 @@ std::pair<Tensor, Tensor> forward(const Operands& operands, const ConvGeometry& 
                                           data<T>(d),
                                           mutable_data<T>(output),
                                           keep ? mutable_data<T>(record) : nullptr};
-    const Ranges ranges(bands.piece.batch, kernel.lanes, kernel.forward_workspace_bytes(bands.piece), operands.input);
     ranges.run([&](int64_t, int64_t begin, int64_t end, void* workspace) {
       kernel.forward(arguments, begin, end, workspace);
     });
@@ -197,11 +197,12 @@ Gradients backward(const Tensor& grad_output, const std::optional<Tensor>& recor
                    const ConvGeometry& geometry, const Needs& needs) {
   return with_compute_type(operands.input, [&]<typename T>(T, ScalarType dtype) {
     const auto& kernel = kernels().conv_act_pool<T>();
+    const Bands bands = choose_bands(geometry, kernel.lanes);
+    const Ranges ranges(bands.piece.batch, kernel.lanes, kernel.backward_workspace_bytes(bands.piece), operands.input);
     const std::optional<Tensor> g = as_operand(grad_output, dtype), x = as_operand(operands.input, dtype),
                                 w = as_operand(operands.weight, dtype), b = as_operand(operands.bias, dtype),
                                 c = as_operand(operands.coefficient, dtype),
                                 d = as_operand(operands.subsample_bias, dtype);
-    const Bands bands = choose_bands(geometry, kernel.lanes);
     const bool recorded = record.has_value() && record->numel() > 0;
     if (recorded && (record->numel() != total_record_size(kernel, bands) || record->scalar_type() != dtype ||
                      !record->is_contiguous())) {
@@ -219,7 +220,6 @@ Gradients backward(const Tensor& grad_output, const std::optional<Tensor>& recor
       offset[i] = (i > 1 ? offset[i - 1] + grads[i - 1].numel() : 0);
     }
     const int64_t length = offset.back() + grads.back().numel();
-    const Ranges ranges(bands.piece.batch, kernel.lanes, kernel.backward_workspace_bytes(bands.piece), operands.input);
     const Tensor pieces =
         needs.input && bands.per_image > 1
             ? allocate({bands.piece.batch, geometry.in_channels, bands.piece.height, bands.piece.width}, dtype)
