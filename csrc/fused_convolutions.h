@@ -111,6 +111,12 @@ auto with_geometry(const Operands& operands, const std::optional<std::vector<int
   return f(operands, geometry);
 }
 
+inline void check_grad_output(const Tensor& grad_output, const Operands& operands, const ConvGeometry& geometry) {
+  check_like("grad_output", grad_output, operands.input);
+  check_shape("grad_output", grad_output,
+              {geometry.batch, geometry.out_channels, geometry.out_height(), geometry.out_width()});
+}
+
 // Backend: static Tensor forward(operands, geometry); static Gradients backward(grad_output, operands, geometry,
 // needs).
 template <typename Backend>
@@ -119,9 +125,7 @@ struct FusedConvolutions {
 
   static Gradients backward(const Tensor& grad_output, const Operands& operands, const ConvGeometry& geometry,
                             const Needs& needs) {
-    check_like("grad_output", grad_output, operands.input);
-    check_shape("grad_output", grad_output,
-                {geometry.batch, geometry.out_channels, geometry.out_height(), geometry.out_width()});
+    check_grad_output(grad_output, operands, geometry);
     return Backend::backward(grad_output, operands, geometry, needs);
   }
 

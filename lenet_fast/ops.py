@@ -43,14 +43,24 @@ class DifferentiableOperator:
         tensors: names of the tensor arguments.
         options: the other arguments as the schema declares them, e.g. "int padding, str pool".
         fake: output without data from the same arguments.
+        general: the arguments rearranged for the native kernels' general convolution, `_conv_recording`.
     """
 
-    def __init__(self, name: str, tensors: Sequence[str], options: str, fake: Callable[..., Tensor]) -> None:
+    def __init__(
+        self,
+        name: str,
+        tensors: Sequence[str],
+        options: str,
+        fake: Callable[..., Tensor],
+        general: Callable[..., tuple],
+    ) -> None:
         self.name = name
+        self.general = general
         self.num_tensors = len(tensors)
         self.definition: Callable[..., Tensor] = getattr(reference, name)
         self.backward_function = self._backward_function()
         self.function = self._forward_function()
+        self.recording_function = self._recording_function()
 
         declared = [f"Tensor{'?' * t.endswith('?')} {t.removesuffix('?')}" for t in tensors]
         needs = [f"bool need_{t.removesuffix('?')}" for t in tensors]
@@ -73,7 +83,17 @@ class DifferentiableOperator:
         device_type = args[0].device.type
         if device_type in _AUTOCAST_KEYS and torch.is_autocast_enabled(device_type):
             args = self._cast(device_type, args)
-        return self.function.apply(*args)
+        return (self.recording_function if self._records(args) else self.function).apply(*args)
+
+    def _records(self, args: tuple) -> bool:
+        """Whether forward should keep what spares backward a second forward: the native CPU kernels can."""
+        return (
+            args[0].device.type == "cpu"
+            and torch.is_grad_enabled()
+            and any(t is not None and t.requires_grad for t in args[: self.num_tensors])
+            and not torch._C._are_functorch_transforms_active()
+            and backends.why_unavailable("native", "cpu") is None
+        )
 
     @staticmethod
     def _packet(name: str) -> Any:
@@ -150,6 +170,34 @@ class DifferentiableOperator:
 
         Forward.__name__ = self.name
         return Forward
+
+    def _recording_function(self) -> type[_Function]:
+        operator, forward, backward = self, self._kernel("_conv_recording"), self._kernel("_conv_recorded_backward")
+
+        class Recording(_Function):
+            """`Forward` for plain autograd on the CPU."""
+
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> Tensor:
+                output, record = forward(*operator.general(*args))
+                ctx.save_for_backward(record, *args[: operator.num_tensors])
+                ctx.options = args[operator.num_tensors :]
+                return output
+
+            @staticmethod
+            def backward(ctx: Any, grad_output: Tensor) -> tuple:
+                record, *tensors = ctx.saved_tensors
+                args, needs = (*tensors, *ctx.options), ctx.needs_input_grad[: operator.num_tensors]
+                if torch.is_grad_enabled():  # create_graph: the gradients must be differentiable themselves
+                    grads = operator.backward_function.apply(grad_output, *args, *needs)
+                else:
+                    needs_all = needs + (False,) * (5 - len(needs))
+                    grads = backward(grad_output, record, *operator.general(*args), *needs_all)
+                wanted = (grad if need else None for grad, need in zip(grads, needs, strict=False))
+                return *wanted, *(None for _ in ctx.options)
+
+        Recording.__name__ = self.name
+        return Recording
 
     def _backward_function(self) -> type[_Function]:
         operator, kernel = self, self._kernel(f"{self.name}_backward")
@@ -312,18 +360,23 @@ conv_act_pool = DifferentiableOperator(
     ("input", "weight", "bias?"),
     "int padding, str activation, str pool",
     _fake_conv_act_pool,
+    lambda input, weight, bias, *options: (input, weight, bias, None, None, None, -1, *options),
 )
 sparse_conv_act_pool = DifferentiableOperator(
     "sparse_conv_act_pool",
     ("input", "weight", "bias?"),
     "int[] connections, int out_channels, int padding, str activation, str pool",
     _fake_sparse_conv_act_pool,
+    lambda input, weight, bias, *options: (input, weight, bias, None, None, *options),
 )
 conv_subsample = DifferentiableOperator(
     "conv_subsample",
     ("input", "weight", "bias?", "coefficient", "pool_bias"),
     "int[]? connections, int padding, str activation",
     _fake_conv_subsample,
+    lambda input, weight, bias, coefficient, pool_bias, connections, *options: (
+        *(input, weight, bias, coefficient, pool_bias, connections, coefficient.shape[0], *options, "none"),
+    ),
 )
 
 backends.missing_native()  # registers the compiled kernels on the operators declared above

@@ -72,10 +72,10 @@ def test_raw_operators_refuse(arguments):
         torch.ops.lenet_fast.conv_act_pool_backward(torch.zeros(2, 4, 3, 3), *arguments, True, True, True)
 
 
-def test_an_image_too_large_for_the_workspace_is_refused():
-    image = torch.zeros(1).expand(1, 3, 6000, 6000)
-    with pytest.raises(RuntimeError, match=r"input: shape \(1, 3, 6000, 6000\) .*backend='reference'"):
-        functional.conv_act_pool(image, W, backend="native")
+def test_images_too_large_for_the_workspace_is_refused():
+    images = torch.zeros(1).expand(128, 3, 9000, 9000)
+    with pytest.raises(RuntimeError, match=r"input: shape \(128, 3, 9000, 9000\) .*backend='reference'"):
+        functional.conv_act_pool(images, W, backend="native")
 
 
 @pytest.mark.parametrize("out_channels", [-7, -1, 0, 1, 3])

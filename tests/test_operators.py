@@ -178,20 +178,29 @@ def test_nan_and_infinity_propagate_as_in_pytorch(pool, implementation):
 @implementation
 @pytest.mark.parametrize("activation", ["sigmoid", "tanh", "scaled_tanh"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_activations_over_the_whole_range(activation, dtype, implementation):
+def test_activations_are_within_4_ulp_over_the_whole_range(activation, dtype, implementation):
     device, backend = implementation
-    z = torch.cat([torch.linspace(-120, 120, 4001), torch.logspace(-30, 0, 400), -torch.logspace(-30, 0, 400)])
-    z = torch.cat([z, torch.tensor([0.0, torch.inf, -torch.inf, torch.nan, 1e30, -1e30, 0.625, -0.625])]).to(dtype)
     one = torch.ones(1, 1, 1, 1, dtype=dtype, device=device)
-    run = functional.conv_act_pool(
-        z.view(1, 1, 1, -1).to(device), one, activation=activation, pool="none", backend=backend
-    )
-    exact = functional.conv_act_pool(
-        z.double().view(1, 1, 1, -1), one.cpu().double(), activation=activation, pool="none", backend="reference"
-    )
-    # Relative, also where the value is tiny: tanh near 0, sigmoid far left (to the smallest normal number).
+
+    def run(z, weight, backend):
+        options = {"activation": activation, "pool": "none", "backend": backend}
+        return functional.conv_act_pool(z.view(1, 1, 1, -1), weight, **options).flatten().cpu()
+
+    limits = torch.tensor([torch.inf, -torch.inf, torch.nan], dtype=dtype)
+    exact_limits = run(limits.double(), one.cpu().double(), "reference").to(dtype)
+    torch.testing.assert_close(run(limits.to(device), one, backend), exact_limits, rtol=0, atol=0, equal_nan=True)
+
+    small = torch.logspace(-30, 0, 4000)
+    z = torch.cat([torch.linspace(-120, 120, 40001), torch.linspace(-9, 9, 40001), small, -small]).to(dtype)
+    exact = run(z.double(), one.cpu().double(), "reference")
+    # Relative to the value, also where that is tiny: tanh near 0, sigmoid far left. Subnormal results may be 0.
     tiny = torch.finfo(dtype).tiny
-    torch.testing.assert_close(run.cpu().double(), exact, rtol=8 * torch.finfo(dtype).eps, atol=tiny, equal_nan=True)
+    magnitude = exact.abs().clamp_min(tiny).to(dtype)
+    ulp = (magnitude.nextafter(torch.tensor(torch.inf, dtype=dtype)) - magnitude).double()
+    error = (run(z.to(device), one, backend).double() - exact).abs()
+    error_ulp = torch.where(exact.abs() < tiny, 0, error / ulp)
+    assert error_ulp.max() <= 4, f"{error_ulp.max()} ulp at {z[error_ulp.argmax()]}"
+    assert (error[exact.abs() < tiny] <= tiny).all()
 
 
 @implementation
@@ -218,6 +227,55 @@ def test_within_rounding_across_thread_counts():
     for output, grads in results[1:]:
         assert torch.equal(output, results[0][0])
         assert all(error(a, b) < 1e-13 for a, b in zip(grads, results[0][1], strict=True))
+
+
+@pytest.mark.parametrize("case", [LENET_C1, LENET_C3, LENET_1998_C3, ODD], ids=str)
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 6, 8, 12, 24, 31, 65])
+def test_every_batch_size(case, batch):
+    """Few images are cut into bands of rows: each size cuts differently."""
+    case = replace(case, batch=batch)
+    expected, expected_grads = case.gradients(case.tensors(), backend="reference")
+    output, grads = case.gradients(case.tensors(), backend="native")
+    assert error(output, expected) < 1e-13
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert error(grad, expected_grad) < 1e-12
+
+
+@every_case
+def test_a_record_changes_nothing(case, pool):
+    """Autograd on the CPU keeps a record of forward; the raw backward operator computes the same anew."""
+    if case.padding == "same":
+        pytest.skip("the raw operators take an int")
+    tensors = case.tensors(torch.float32)
+    leaves = tuple(t.detach().requires_grad_() if t is not None else None for t in tensors)
+    recorded, recorded_grads = case.gradients(tensors, pool=pool)
+    output = case.raw(leaves, pool=pool)
+    assert torch.equal(output, recorded)
+    generator = torch.Generator().manual_seed(1)
+    grad_output = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
+    grads = torch.autograd.grad(output, [t for t in leaves if t is not None], grad_output)
+    assert all(map(torch.equal, grads, recorded_grads))
+
+
+def test_a_large_batch_keeps_no_record():
+    input, weight, bias = replace(LENET_C1, batch=1200).tensors(torch.float32)
+    forward, backward = torch.ops.lenet_fast._conv_recording, torch.ops.lenet_fast._conv_recorded_backward
+    arguments = (weight, bias, None, None, None, -1, 2, "sigmoid", "avg")
+    needs = (False, True, True, False, False)
+    output, record = forward(input, *arguments)
+    assert record.numel() == 0
+    parts = [forward(part, *arguments) for part in input.split(400)]
+    assert all(record.numel() > 0 for _, record in parts)
+    assert torch.equal(output, torch.cat([part for part, _ in parts]))
+    grads = backward(output, record, input, *arguments, *needs)
+    sums = zip(
+        *(backward(y, r, x, *arguments, *needs) for (y, r), x in zip(parts, input.split(400), strict=True)), strict=True
+    )
+    for grad, parts_of_grad in zip(grads, sums, strict=True):
+        assert error(grad, sum(parts_of_grad)) < 1e-5
+    for wrong in (parts[0][1], parts[0][1].double(), torch.zeros(3)):
+        with pytest.raises(RuntimeError, match="record: expected the one that forward made"):
+            backward(output, wrong, input, *arguments, *needs)
 
 
 def test_infinite_pixels_reach_only_the_weights_that_see_them():

@@ -29,46 +29,58 @@ LF_INLINE void transpose(Vec<T> (&m)[kLanes<T>]) {
   });
 }
 
-// block[position[p]] (block[p] without positions) = pixel p of each image; absent images become 0.
+// Where each lane's pixels begin in memory; null: the lane is empty.
+template <typename Value>
+struct Lanes {
+  static constexpr int count = kLanes<std::remove_const_t<Value>>;
+  Value* begin[count] = {};
+};
+
+// block[p] = pixel p of every lane, of empty lanes 0. Up to `end`, what lies behind the pixels may be read.
 template <typename T>
-void load_block(Vec<T>* block, const int32_t* position, const T* images, int64_t pixels, int64_t count) {
+void load_run(Vec<T>* block, const Lanes<const T>& lanes, int64_t offset, int64_t pixels, const T* end) {
   constexpr int n = kLanes<T>;
-  const auto at = [&](int64_t p) { return position == nullptr ? p : int64_t{position[p]}; };
-  int64_t p = 0;
-  for (; p + n <= pixels; p += n) {
+  for (int64_t p = 0; p < pixels; p += n) {
     Vec<T> m[n];
-    unroll<n>([&](auto i)
-                  __attribute__((always_inline)) { m[i] = i < count ? load(images + i * pixels + p) : Vec<T>{}; });
+    unroll<n>([&](auto i) __attribute__((always_inline)) {
+      const T* source = lanes.begin[i];
+      if (source == nullptr) {
+        m[i] = Vec<T>{};
+      } else if (end - source >= offset + p + n) {
+        m[i] = load(source + offset + p);
+      } else {
+        m[i] = load_partial(source + offset + p, pixels - p);
+      }
+    });
     transpose<T>(m);
-    unroll<n>([&](auto i) __attribute__((always_inline)) { block[at(p + i)] = m[i]; });
-  }
-  for (; p < pixels; ++p) {
-    Vec<T> pixel{};
-    for (int64_t i = 0; i < count; ++i) {
-      pixel[i] = images[i * pixels + p];
+    if (pixels - p >= n) {
+      unroll<n>([&](auto i) __attribute__((always_inline)) { block[p + i] = m[i]; });
+    } else {
+      std::copy(m, m + (pixels - p), block + p);
     }
-    block[at(p)] = pixel;
   }
 }
 
+// Pixel p of every lane that is not empty = block[p].
 template <typename T>
-void store_block(T* images, const Vec<T>* block, int64_t pixels, int64_t count) {
+void store_run(const Lanes<T>& lanes, int64_t offset, const Vec<T>* block, int64_t pixels) {
   constexpr int n = kLanes<T>;
-  int64_t p = 0;
-  for (; p + n <= pixels; p += n) {
+  for (int64_t p = 0; p < pixels; p += n) {
+    const int64_t width = std::min<int64_t>(n, pixels - p);
     Vec<T> m[n];
-    unroll<n>([&](auto i) __attribute__((always_inline)) { m[i] = block[p + i]; });
+    if (width == n) {
+      unroll<n>([&](auto i) __attribute__((always_inline)) { m[i] = block[p + i]; });
+    } else {
+      std::copy(block + p, block + pixels, m);
+      std::fill(m + width, m + n, Vec<T>{});
+    }
     transpose<T>(m);
     unroll<n>([&](auto i) __attribute__((always_inline)) {
-      if (i < count) {
-        store(images + i * pixels + p, m[i]);
+      if (lanes.begin[i] != nullptr) {
+        T* target = lanes.begin[i] + offset + p;
+        width == n ? store(target, m[i]) : store_partial(target, m[i], width);
       }
     });
-  }
-  for (; p < pixels; ++p) {
-    for (int64_t i = 0; i < count; ++i) {
-      images[i * pixels + p] = block[p][i];
-    }
   }
 }
 

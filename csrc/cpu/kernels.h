@@ -3,19 +3,21 @@
 
 #include <cstddef>
 
-#include "../geometry.h"
+#include "bands.h"
 
 namespace lenet_fast::cpu {
 
 template <typename T>
 struct ConvActPoolForward {
   ConvGeometry geometry;
+  Bands bands;                            // of `geometry`
   const T *input, *weight, *bias;         // bias may be null
   const T *coefficient, *subsample_bias;  // (out_channels) for Pool::subsample
   T* output;
+  T* record;  // what backward can use instead of recomputing it, `record_size` values a block; null: not wanted
 };
 
-// Where this range of images puts its sums; null: not wanted.
+// Where this range of bands puts its sums; null: not wanted.
 template <typename T>
 struct ParameterSums {
   T *weight, *bias, *coefficient, *subsample_bias;
@@ -24,18 +26,21 @@ struct ParameterSums {
 template <typename T>
 struct ConvActPoolBackward {
   ConvGeometry geometry;
+  Bands bands;
   const T *grad_output, *input, *weight, *bias, *coefficient, *subsample_bias;
-  T* grad_input;  // null: not wanted
+  const T* record;  // of forward, aligned to 64 bytes; null: recompute it
+  T* grad_input;    // of the bands' pieces, for merge_bands unless an image is one band; null: not wanted
   ParameterSums<T> sums;
 };
 
-// Work on images [begin, end) in blocks of `lanes` images; begin is a multiple of `lanes`. The workspace is
-// `workspace_bytes` long, aligned to 64 bytes, and needs no initial value.
+// Work on bands [begin, end) of the batch in blocks of `lanes`; begin is a multiple of `lanes`. Sizes are those of
+// bands.piece. The workspace is `workspace_bytes` long, aligned to 64 bytes, and needs no initial value.
 template <typename T>
 struct ConvActPoolKernels {
   int64_t lanes;
-  size_t (*forward_workspace_bytes)(const ConvGeometry&);
-  size_t (*backward_workspace_bytes)(const ConvGeometry&);
+  int64_t (*record_size)(const ConvGeometry& piece);
+  size_t (*forward_workspace_bytes)(const ConvGeometry& piece);
+  size_t (*backward_workspace_bytes)(const ConvGeometry& piece);
   void (*forward)(const ConvActPoolForward<T>&, int64_t begin, int64_t end, void* workspace);
   void (*backward)(const ConvActPoolBackward<T>&, int64_t begin, int64_t end, void* workspace);
 };
