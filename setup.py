@@ -23,7 +23,8 @@ STABLE_ABI_FLAG = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11
 CXX_FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
 CXX_FLAGS += ["-Wno-psabi", "-Wno-unused-parameter"]  # vectors by value; PyTorch's own headers
 CXX_FLAGS += ["-g0"]  # torch asks for debug information: ten times the size
-CPU_SOURCES = ["bind_cpu.cpp", "cpu/variant_portable.cpp", "cpu/variant_avx2.cpp", "cpu/variant_avx512.cpp"]
+CPU_VARIANTS = ["cpu/variant_portable.cpp", "cpu/variant_avx2.cpp", "cpu/variant_avx512.cpp"]
+CPU_SOURCES = ["bind_cpu.cpp", "bind_network.cpp", *CPU_VARIANTS]
 
 
 CUDA_CHOICES = ("0", "1", "auto", "only")

@@ -9,8 +9,6 @@
 #include "fused_convolutions.h"
 
 namespace lenet_fast::cpu {
-namespace {
-
 const Kernels& kernels() {
   static const Kernels& chosen = []() -> const Kernels& {
     const std::string isa = selected_isa();
@@ -26,6 +24,8 @@ const Kernels& kernels() {
   }();
   return chosen;
 }
+
+namespace {
 
 // Call f(T{}, dtype) with the type that the kernels compute in: float64 as it is, everything shorter in float32.
 template <typename F>

@@ -3,5 +3,6 @@
 from . import functional, models, nn, tables
 from ._version import __version__
 from .accelerate import accelerate, restore
+from .trainer import FusedTrainer
 
-__all__ = ["__version__", "accelerate", "functional", "models", "nn", "restore", "tables"]
+__all__ = ["FusedTrainer", "__version__", "accelerate", "functional", "models", "nn", "restore", "tables"]

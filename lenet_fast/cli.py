@@ -21,7 +21,18 @@ from torch import nn
 from . import data, env, figures, images, inference, plots
 from .checkpoint import CheckpointError, load_checkpoint
 from .models import MODELS, InputSpec, classify, criterion, measures_distance
-from .train import CHECKPOINT, DTYPES, OPTIMIZERS, SCHEDULES, Epoch, Run, TrainConfig, TrainingError, build_model
+from .train import (
+    CHECKPOINT,
+    DTYPES,
+    ENGINES,
+    OPTIMIZERS,
+    SCHEDULES,
+    Epoch,
+    Run,
+    TrainConfig,
+    TrainingError,
+    build_model,
+)
 
 app = typer.Typer(
     help="Train LeNets with fused kernels.",
@@ -85,6 +96,9 @@ def train(
     reference: Annotated[
         bool, typer.Option("--reference", help="Train the plain PyTorch twin on the same batches.")
     ] = TrainConfig.reference,
+    engine: Annotated[
+        str, typer.Option(help=f"{_one_of(ENGINES)} auto: fused (whole steps in native code) where it can.")
+    ] = TrainConfig.engine,
     run_dir: Annotated[
         Path | None,
         typer.Option(help="New folder for the results.", show_default="runs/MODEL-DATASET-TIME"),
@@ -136,7 +150,8 @@ def _print_summary(run: Run) -> None:
     rate = f"lr {config.lr:g} ({config.schedule})"
     print(f"train   {epochs}, batches of {config.batch_size}, {config.optimizer}, {rate}, seed {config.seed}")
     threads = f", {torch.get_num_threads()} threads" if config.device == "cpu" else ""
-    print(f"on      {config.device}{threads}, {config.dtype}, {run.engine.name} engine")
+    why = f" ({run.why_not_fused})" if run.why_not_fused else ""
+    print(f"on      {config.device}{threads}, {config.dtype}, {run.engine.name} engine{why}")
     print(f"folder  {run.folder}")
     if finished == config.epochs:
         print(f"all {finished} epochs are finished; --epochs N with a larger N goes on")

@@ -62,7 +62,7 @@ class _Part(NamedTuple):
     value: str | int
 
 
-def _read_layer(layer: nn.Module) -> _Part:
+def read_layer(layer: nn.Module) -> _Part:
     """What `layer` is to a run.
 
     Raises:
@@ -103,14 +103,16 @@ def _padding(conv: nn.Conv2d) -> int | str:
         raise LeftAlone(f"kernel size {conv.kernel_size} is not square")
     if not conv.weight.is_floating_point():
         raise LeftAlone(f"its weight has dtype {conv.weight.dtype}")
-    weights = conv.out_channels * conv.in_channels * height * width
-    if weights > _MAX_WEIGHTS:
-        raise LeftAlone(f"with {weights:,} weights PyTorch's own convolution is faster")
     if isinstance(conv.padding, str):
         return conv.padding
     if conv.padding[0] != conv.padding[1]:
         raise LeftAlone(f"padding {conv.padding} differs between the axes")
     return conv.padding[0]
+
+
+def _check_size(conv: nn.Conv2d) -> None:
+    if (weights := conv.weight.numel()) > _MAX_WEIGHTS:
+        raise LeftAlone(f"with {weights:,} weights PyTorch's own convolution is faster")
 
 
 def _check_pool(pool: str, options: Mapping[str, Any]) -> str:
@@ -130,18 +132,19 @@ def _pair(value: Any) -> Any:
     return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _read_call(node: fx.Node) -> _Part:
+def read_call(node: fx.Node) -> _Part:
     """What a function or method call of a traced forward is to a run."""
     if node.target in ACTIVATIONS:
         return _Part("activation", ACTIVATIONS[node.target])
     if node.target not in POOLS:
-        raise LeftAlone(_NOT_OURS.format(_label(node)))
+        raise LeftAlone(_NOT_OURS.format(label(node)))
     pool = POOLS[node.target]
     options = {**dict(zip(("input", *POOL_OPTIONS[pool]), node.args, strict=False)), **node.kwargs}
     return _Part("pool", _check_pool(pool, options))
 
 
-def _label(node: fx.Node) -> str:
+def label(node: fx.Node) -> str:
+    """What a node of a traced forward is called in reports."""
     if node.op == "call_module":
         return str(node.target)
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", repr(node.target))
@@ -161,7 +164,7 @@ class _Match:
     pool: str = "none"
 
     def labels(self) -> tuple[str, ...]:
-        return tuple(_label(node) for node in self.nodes)
+        return tuple(label(node) for node in self.nodes)
 
     def follow(self, module: nn.Module) -> None:
         """Take in the activations and the pooling behind the convolution.
@@ -194,11 +197,11 @@ class _Match:
             if tanh == ("activation", "tanh") and _is_product(scaled, reference.SCALED_TANH_AMPLITUDE):
                 return _Part("activation", "scaled_tanh")
         if node.op != "call_module":
-            return _read_call(node)
+            return read_call(node)
         layer = module.get_submodule(node.target)
         if isinstance(layer, nn.Conv2d):
             raise LeftAlone(NO_POOLING)
-        self.layers[node.target] = _read_layer(layer)
+        self.layers[node.target] = read_layer(layer)
         return self.layers[node.target]
 
     def replace(self, graph: fx.Graph) -> None:
@@ -217,7 +220,7 @@ class _Match:
 
 def _only_user(node: fx.Node) -> fx.Node:
     if len(node.users) != 1:
-        raise LeftAlone(f"the result of {_label(node)} is used {len(node.users)} times")
+        raise LeftAlone(f"the result of {label(node)} is used {len(node.users)} times")
     (user,) = node.users
     if user.op == "output":
         raise LeftAlone(NO_POOLING)
@@ -236,7 +239,8 @@ def matches(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[_Match, str | 
         match = _Match([node])
         try:
             match.follow(module)
-            match.layers[node.target] = _read_layer(layer)
+            match.layers[node.target] = read_layer(layer)
+            _check_size(layer)
         except LeftAlone as why:
             yield match, str(why)
         else:

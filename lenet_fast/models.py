@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .native_forward import NativeForward
 from .nn import RBF, ConvActPool2d, ConvSubsample2d, FusedConv2d, MAPLoss, ScaledTanh, SparseConvActPool2d
 from .summary import connection_counts, describe
 from .tables import LENET5_C3, Connections
@@ -70,6 +71,15 @@ class LeNet(nn.Sequential):
     def __init__(self, layers: OrderedDict[str, nn.Module], *, input_spec: InputSpec) -> None:
         super().__init__(layers)
         self.input_spec = input_spec
+        self._native_forward = NativeForward()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Layer by layer; in eval mode under `torch.inference_mode()` in one native call where that can be."""
+        if not (self.training or torch.compiler.is_compiling()) and torch.is_inference_mode_enabled():
+            output = self._native_forward(self, input)
+            if output is not None:
+                return output
+        return super().forward(input)
 
     def __getitem__(self, index: int | slice) -> nn.Module:
         """A layer, or for a slice an nn.Sequential: some of the layers are not a LeNet any more."""

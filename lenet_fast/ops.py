@@ -379,4 +379,19 @@ conv_subsample = DifferentiableOperator(
     ),
 )
 
+# Whole networks, see csrc/network_operands.h. `network_train` takes steps of training in place and returns of each the
+# mean loss (float64) and the number of images right; one whose loss is not finite is the last, and is not taken.
+# `network_infer` returns scores or distances of a network that `network_define` has read, until `network_release`.
+# None of them is differentiable: `trainer` and `native_forward` call them.
+for _schema in (
+    "network_train(int[] network, Tensor(a!)[] parameters, Tensor(b!)[] first_moments, Tensor(c!)[] second_moments, "
+    "Tensor(d!)[] step_counts, int[] trains, Tensor images, Tensor labels, Tensor? order, int batch_size, float scale, "
+    "float background, str optimizer, float[] settings, float[] learning_rates, float j) -> (Tensor, Tensor)",
+    "network_define(int[] network) -> int",
+    "network_release(int network) -> ()",
+    "network_infer(int network, Tensor[] parameters, Tensor images, float scale, float background) -> Tensor",
+):
+    _library.define(_schema)
+    _library.impl(_schema.partition("(")[0], torch.library.fallthrough_kernel, "Autograd")
+
 backends.missing_native()  # registers the compiled kernels on the operators declared above

@@ -30,6 +30,10 @@ from .checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from .functional import check_choice
 from .inference import evaluate
 from .models import MODELS, InputSpec, LeNet, classify, criterion
+from .network import NetworkError
+from .trainer import FusedTrainer, TrainingError
+
+__all__ = ["ENGINES", "Epoch", "Run", "TrainConfig", "TrainingError", "build_model"]
 
 CHECKPOINT, CONFIG, METRICS = "checkpoint.pt", "config.json", "metrics.csv"  # the files of a run folder
 
@@ -50,12 +54,9 @@ SCHEDULES: dict[str, Callable[[float], float]] = {  # share of the run done -> s
     "constant": lambda done: 1.0,
 }
 DTYPES = ("float32", "float64", "bfloat16")
+ENGINES = ("auto", "fused", "autograd")
 
 _REPORT_SECONDS = 0.1  # reading the loss waits for the device: not after every step
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on: a loss or parameter is not finite."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class TrainConfig:
         device: "auto" is CUDA where PyTorch has it, else the CPU.
         dtype: "float32", "float64", or "bfloat16" (autocast; the parameters stay float32).
         reference: train the plain PyTorch twin instead, from the same initial weights on the same batches.
+        engine: "fused" takes whole steps in native code (`FusedTrainer`), "autograd" is torch.autograd and torch.optim;
+            "auto" is fused where that can train what is asked for, but for the twin. A `Run` resolves it.
 
     Raises:
         ValueError: a value out of range, an unknown name, or a device that this machine lacks.
@@ -90,8 +93,10 @@ class TrainConfig:
     device: str = "auto"
     dtype: str = "float32"
     reference: bool = False
+    engine: str = "auto"
 
     def __post_init__(self) -> None:
+        check_choice("engine", self.engine, ENGINES)
         check_choice("model", self.model, MODELS)
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         check_choice("schedule", self.schedule, SCHEDULES)
@@ -154,6 +159,9 @@ class Epoch:
     examples_per_second: float
 
 
+OnStep = Callable[[int, Tensor | float], None]
+
+
 class AutogradEngine:
     """Training steps by torch.autograd and torch.optim, of any nn.Module."""
 
@@ -181,7 +189,7 @@ class AutogradEngine:
         labels: Tensor,
         order: Tensor,
         learning_rates: Sequence[float],
-        on_step: Callable[[int, Tensor], None],
+        on_step: OnStep,
     ) -> tuple[Tensor, Tensor]:
         """Train once on every image, in batches along `order`, a permutation of their indices; a rate for each batch.
 
@@ -219,6 +227,65 @@ class AutogradEngine:
         self.optimizer.load_state_dict(state)
 
 
+class FusedEngine:
+    """The same by `FusedTrainer`: a native call takes whole steps. The state is the same too."""
+
+    name = "fused"
+
+    def __init__(self, model: nn.Module, input_spec: InputSpec, config: TrainConfig) -> None:
+        """Raises NetworkError where the trainer cannot take the model."""
+        options = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
+        self.trainer = FusedTrainer(model, config.optimizer, **options, input_spec=input_spec)
+        self.batch_size = config.batch_size
+
+    def run_epoch(
+        self, images: Tensor, labels: Tensor, order: Tensor, learning_rates: Sequence[float], on_step: OnStep
+    ) -> tuple[Tensor, Tensor]:
+        """As `AutogradEngine.run_epoch`, but `on_step` is called for several steps at a time, when they are done.
+
+        Raises:
+            TrainingError: a loss is not finite.
+        """
+
+        def report(step: int, loss: float) -> None:
+            on_step(min(step * self.batch_size, len(order)), loss)
+
+        losses, correct = self.trainer.run_epoch(images, labels, order, self.batch_size, learning_rates, report)
+        return losses, correct.sum()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `AutogradEngine.state_dict`."""
+        return self.trainer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` of this or the other engine returned."""
+        self.trainer.load_state_dict(state)
+
+
+def make_engine(
+    model: nn.Module, input_spec: InputSpec, config: TrainConfig
+) -> tuple[AutogradEngine | FusedEngine, str | None]:
+    """The engine that `config` asks for, and why "auto" is not the fused one, None where it is.
+
+    Raises:
+        ValueError: "fused" cannot train this.
+    """
+    reason = None
+    if config.engine != "autograd":
+        if config.dtype == "bfloat16":
+            reason = "the fused engine has no autocast to bfloat16"
+        elif config.reference and config.engine == "auto":
+            reason = "the twin is there to be trained by plain PyTorch"
+        else:
+            try:
+                return FusedEngine(model, input_spec, config), None
+            except NetworkError as error:
+                reason = str(error)
+        if config.engine == "fused":
+            raise ValueError(f"engine: 'fused' cannot train this: {reason}")
+    return AutogradEngine(model, input_spec, config), reason
+
+
 def build_model(config: TrainConfig) -> tuple[nn.Module, InputSpec]:
     """The network of `config` or its twin; a seed gives the same weights on every device and dtype."""
     with torch.random.fork_rng(devices=[]):
@@ -247,7 +314,8 @@ class Run:
             for split in (self.dataset.train, self.dataset.test)
         )
         self.model, self.input_spec = build_model(config)
-        self.engine = AutogradEngine(self.model, self.input_spec, config)
+        self.engine, self.why_not_fused = make_engine(self.model, self.input_spec, config)
+        self.config = replace(config, engine=self.engine.name)
         self.generator = torch.Generator(config.device).manual_seed(config.seed)
         self.history: list[Epoch] = []
         self.folder: Path | None = None
@@ -269,9 +337,9 @@ class Run:
     def resume(cls, folder: str | Path, *, dataset: data.Dataset | None = None, **changes: Any) -> Run:
         """Take up the run in `folder` after its last finished epoch.
 
-        `changes` are fields of TrainConfig: `epochs` and `data_dir` may change, others have to agree.
-        Warns where the result cannot equal an uninterrupted run's bit for bit: another number of threads, a
-        schedule stretched over more epochs.
+        `changes` are fields of TrainConfig: `epochs`, `data_dir` and `engine` may change, others have to agree.
+        Warns where the result cannot equal an uninterrupted run's bit for bit: another number of threads, another
+        engine, a schedule stretched over more epochs.
 
         Raises:
             FileNotFoundError: no checkpoint there.
@@ -280,9 +348,10 @@ class Run:
         """
         folder = Path(folder)
         checkpoint = load_checkpoint(folder / CHECKPOINT)
-        stored, history = TrainConfig(**checkpoint["config"]), checkpoint["history"]
+        written = {"engine": AutogradEngine.name} | checkpoint["config"]  # versions without engines had this one
+        stored, history = TrainConfig(**written), checkpoint["history"]
         config = replace(stored, **changes)
-        for name in changes.keys() - {"epochs", "data_dir"}:
+        for name in changes.keys() - {"epochs", "data_dir", "engine"}:
             if getattr(config, name) != (fixed := getattr(stored, name)):
                 raise ValueError(f"{name}: cannot change in a run, {folder} has {fixed!r}; got {changes[name]!r}")
         if config.epochs < len(history):
@@ -295,6 +364,9 @@ class Run:
             warnings.warn(f"{was}, the {config.schedule} schedule goes on over {config.epochs}", stacklevel=2)
         if checkpoint["threads"] != (threads := torch.get_num_threads()):
             was = f"the run had {checkpoint['threads']} threads, now {threads}"
+            warnings.warn(f"{was}: it goes on equal to rounding, not to the last bit", stacklevel=2)
+        if run.engine.name != stored.engine:
+            was = f"the run had the {stored.engine} engine, now {run.engine.name}"
             warnings.warn(f"{was}: it goes on equal to rounding, not to the last bit", stacklevel=2)
         run.model.load_state_dict(checkpoint["model"])
         run.engine.load_state_dict(checkpoint["engine"])
@@ -333,18 +405,21 @@ class Run:
         rates = self.config.learning_rates(number - 1, math.ceil(size / self.config.batch_size))
         reported = started = time.perf_counter()
 
-        def report(done: int, loss: Tensor) -> None:
+        def report(done: int, loss: Tensor | float) -> None:
             nonlocal reported
             if time.perf_counter() - reported >= _REPORT_SECONDS:
                 reported = time.perf_counter()
-                value = loss.item()
+                value = float(loss)
                 if not math.isfinite(value):
                     raise TrainingError(_not_finite("the loss", number))
                 if on_step is not None:
                     on_step(done, value)
 
         order = torch.randperm(size, generator=self.generator, device=self.config.device)
-        losses, correct = self.engine.run_epoch(self._train.images, self._train.labels, order, rates, report)
+        try:
+            losses, correct = self.engine.run_epoch(self._train.images, self._train.labels, order, rates, report)
+        except TrainingError as error:
+            raise TrainingError(_not_finite("the loss", number)) from error
         sizes = torch.tensor([len(batch) for batch in order.split(self.config.batch_size)], dtype=torch.float64)
         loss = (losses.to("cpu", torch.float64) @ sizes).item() / size  # waits for the device, so before the clock
         seconds = time.perf_counter() - started

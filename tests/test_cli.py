@@ -64,7 +64,7 @@ def test_train_tells_what_it_does_and_where_the_results_are(call, few, tmp_path)
         "data    mnist-10k, 200 training and 100 test images: a test [source]",
     ]
     assert "epochs 1 to 2, batches of 32, adam, lr 0.002 (cosine), seed 5" in lines[2]
-    assert re.search(r"cpu, \d+ threads, float32, autograd engine", lines[3])
+    assert re.search(r"cpu, \d+ threads, float32, fused engine", lines[3])
     assert lines[4] == f"folder  runs/{folder.name}"
     for number, line in enumerate(lines[5:7], 1):
         epoch = rf"epoch {number}/2  loss [\d.]+  train acc [\d.]+  test acc [\d.]+  [\d,]+ images/s"
@@ -94,6 +94,7 @@ def test_every_option_reaches_the_run(call, few, tmp_path):
         "device": "cpu",
         "dtype": "float64",
         "reference": True,
+        "engine": "autograd",
     }
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if name != "reference"]
     code, out, err = call("train", *flags, "--reference", "--run-dir", "results")

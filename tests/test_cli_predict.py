@@ -12,7 +12,7 @@ from PIL import Image
 from lenet_fast import cli, data, images, inference
 from lenet_fast.checkpoint import load_checkpoint, save_checkpoint
 from lenet_fast.inference import evaluate
-from lenet_fast.models import MODELS
+from lenet_fast.models import MODELS, criterion
 from lenet_fast.train import Run, TrainConfig
 
 
@@ -82,7 +82,7 @@ def test_eval_reports_what_the_run_saw(call, runs, few, name):
     assert errors == pytest.approx(4 * rate)
     with torch.no_grad():
         outputs = run.model(run.input_spec.prepare(few.test.images))
-    assert loss == pytest.approx(run.engine.criterion(outputs, few.test.labels).item(), abs=1e-3)
+    assert loss == pytest.approx(criterion(run.model)(outputs, few.test.labels).item(), abs=1e-3)
     classes = [line.split() for line in lines[4:]]
     assert [row[0] for row in classes] == list("0123456789")
     assert [int(row[1]) for row in classes] == torch.bincount(few.test.labels).tolist()

@@ -56,7 +56,7 @@ def losses(dataset, **changes):
         run._train.labels,
         torch.randperm(len(run._train.labels), generator=run.generator),
         [run.config.lr] * STEPS,
-        lambda done, loss: seen.append(loss.item()),
+        lambda done, loss: seen.append(float(loss)),
     )
     assert len(seen) == STEPS
     return torch.tensor(seen, dtype=torch.float64)
@@ -65,6 +65,7 @@ def losses(dataset, **changes):
 MODELS = list(models.MODELS)
 
 
+@pytest.mark.parametrize("engine", ["fused", "autograd"])
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(
     "options",
@@ -75,11 +76,11 @@ MODELS = list(models.MODELS)
         {"optimizer": "sgd", "lr": 0.02, "momentum": 0.9},
     ],
 )
-def test_float64_training_equals_the_twins(digits, model, options):
+def test_float64_training_equals_the_twins(digits, model, options, engine):
     options = {**options, "model": model, "batch_size": 16, "dtype": "float64"}
     if model == "lenet5-1998":  # its loss starts near 170
         options["lr"] = 1e-4 if options["optimizer"] == "sgd" else 2e-3
-    fused, twin = losses(digits, **options), losses(digits, **options, reference=True)
+    fused, twin = losses(digits, **options, engine=engine), losses(digits, **options, reference=True)
     assert (fused - fused[0]).abs().max() > 0.05  # it does train
     torch.testing.assert_close(fused, twin, rtol=0, atol=1e-12)
 
@@ -195,7 +196,8 @@ def test_learning_rate_follows_its_schedule_from_step_to_step():
 @pytest.mark.parametrize("dtype", train.DTYPES)
 @pytest.mark.parametrize("reference", [False, True])
 def test_every_dtype_learns(few, dtype, reference):
-    run = Run(config(dtype=dtype, reference=reference, epochs=3, lr=5e-3, batch_size=20), dataset=few)
+    options = {"dtype": dtype, "reference": reference, "engine": "autograd"}
+    run = Run(config(**options, epochs=3, lr=5e-3, batch_size=20), dataset=few)
     computed = set()
     run.model.output.register_forward_hook(lambda layer, _, out: computed.add(out.dtype) if layer.training else None)
     history = run.fit()
@@ -244,6 +246,7 @@ def saved_in(folder):
 
 RUNS = [
     {"model": "lenet5"},
+    {"model": "lenet5", "engine": "autograd"},
     {
         "model": "lenet5-d2l",
         "optimizer": "sgd",
@@ -267,6 +270,42 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, few, monk
     run = Run.resume(tmp_path / "parts", dataset=few)
     assert [epoch.epoch for epoch in run.fit()] == [1, 2, 3, 4]
     assert_same(saved_in(tmp_path / "whole"), saved_in(tmp_path / "parts"))
+
+
+@pytest.mark.parametrize("engines", [("fused", "autograd"), ("autograd", "fused")])
+@pytest.mark.parametrize("options", [{"optimizer": "adamw"}, {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9}])
+def test_either_engine_goes_on_with_the_others_run(tmp_path, few, monkeypatch, options, engines):
+    monkeypatch.setattr(train, "_REPORT_SECONDS", 0)
+    options = {**options, "model": "lenet5-d2l", "dtype": "float64"}
+    whole = Run(config(**options), dataset=few)
+    whole.fit()
+    interrupted(config(**options, engine=engines[0]), tmp_path, few, after=2)
+    with pytest.warns(UserWarning, match=f"had the {engines[0]} engine, now {engines[1]}"):
+        run = Run.resume(tmp_path, dataset=few, engine=engines[1])
+    run.fit()
+    for one, other in zip(whole.model.parameters(), run.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
+def test_the_engine_is_fused_where_it_can_be(few):
+    assert Run(config(), dataset=few).engine.name == Run(config(), dataset=few).config.engine == "fused"
+    for options, why in (({"dtype": "bfloat16"}, "bfloat16"), ({"reference": True}, "twin")):
+        run = Run(config(**options), dataset=few)
+        assert run.engine.name == "autograd"
+        assert why in run.why_not_fused
+    with pytest.raises(ValueError, match=r"engine: 'fused' cannot train this: .* bfloat16"):
+        Run(config(engine="fused", dtype="bfloat16"), dataset=few)
+    assert Run(config(engine="fused", reference=True), dataset=few).engine.name == "fused"
+    with pytest.raises(ValueError, match="engine: expected one of"):
+        config(engine="native")
+
+
+def test_a_checkpoint_from_before_the_engines_goes_on_with_autograd(tmp_path, few):
+    Run.create(config(epochs=1, engine="autograd"), tmp_path, dataset=few).fit()
+    state = saved_in(tmp_path)
+    del state["config"]["engine"]
+    torch.save(state, tmp_path / train.CHECKPOINT)
+    assert Run.resume(tmp_path, dataset=few).engine.name == "autograd"
 
 
 def test_run_folder_shows_what_the_checkpoint_has(tmp_path, few):
@@ -455,7 +494,7 @@ def test_divergence_stops_before_anything_is_saved(tmp_path, few, monkeypatch, r
 
 
 def test_parameters_ruined_by_the_last_step_are_noticed(tmp_path, few):
-    run = Run.create(config(batch_size=200), tmp_path, dataset=few)
+    run = Run.create(config(batch_size=200, engine="autograd"), tmp_path, dataset=few)
     run.model.f6.bias.register_hook(lambda grad: grad * math.inf)
     with pytest.raises(TrainingError, match="parameter is not finite in epoch 1"):
         run.fit()

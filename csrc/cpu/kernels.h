@@ -3,6 +3,7 @@
 
 #include <cstddef>
 
+#include "../network.h"
 #include "bands.h"
 
 namespace lenet_fast::cpu {
@@ -45,10 +46,50 @@ struct ConvActPoolKernels {
   void (*backward)(const ConvActPoolBackward<T>&, int64_t begin, int64_t end, void* workspace);
 };
 
+// Between the two phases of a step, per dense layer: the gradient of the outputs before the activation, a row of
+// `grads_stride` images a feature, and the inputs, a row of `inputs_stride` features an image.
+template <typename T>
+struct DenseSums {
+  T *grads, *inputs;
+  int64_t grads_stride, inputs_stride;
+};
+
+// One chunk of the images of one step. A step has several when the batch is large; the gradients of all add up.
+template <typename T>
+struct TrainingStep {
+  const Network<T>* network;
+  Images<T> images;
+  const int64_t* labels;
+  int64_t chunk_begin, chunk_size;  // positions in the order
+  bool first_chunk, last_chunk;
+  T factor;       // 1 / images of the batch
+  T extra_score;  // of Output::distances
+  char* thread_memory;
+  int64_t thread_stride, threads;
+  DenseSums<T> dense_sums[kMaxDenses];
+  double* losses;    // (threads) summed over the images
+  int64_t* correct;  // (threads)
+};
+
+// `memory` is `thread_bytes` long and aligned to 64 bytes; `prepare` gives it its initial value.
+template <typename T>
+struct NetworkKernels {
+  int64_t lanes;
+  size_t (*thread_bytes)(const NetworkGeometry&, bool training);
+  void (*prepare)(const Network<T>&, const Images<T>&, bool training, void* memory);
+  // Images [begin, end) of the chunk by one thread; begin is a multiple of `lanes`.
+  void (*train)(const TrainingStep<T>&, int64_t begin, int64_t end, int64_t thread);
+  // Part `part` of `parts` of every parameter.
+  void (*update)(const TrainingStep<T>&, int64_t part, int64_t parts);
+  void (*infer)(const Network<T>&, const Images<T>&, int64_t begin, int64_t end, T* output, void* memory);
+};
+
 struct Kernels {
   const char* isa;
   ConvActPoolKernels<float> conv_act_pool_float;
   ConvActPoolKernels<double> conv_act_pool_double;
+  NetworkKernels<float> network_float;
+  NetworkKernels<double> network_double;
 
   template <typename T>
   const ConvActPoolKernels<T>& conv_act_pool() const {
@@ -56,6 +97,15 @@ struct Kernels {
       return conv_act_pool_float;
     } else {
       return conv_act_pool_double;
+    }
+  }
+
+  template <typename T>
+  const NetworkKernels<T>& network() const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      return network_float;
+    } else {
+      return network_double;
     }
   }
 };
@@ -71,5 +121,8 @@ namespace avx512 {
 extern const Kernels kernels;
 }
 #endif
+
+// The variant in use, chosen at the first call.
+const Kernels& kernels();
 
 }  // namespace lenet_fast::cpu

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "conv_act_pool.h"
+#include "network_pass.h"
 
 #define LENET_FAST_STRING_(x) #x
 #define LENET_FAST_STRING(x) LENET_FAST_STRING_(x)
@@ -11,6 +12,6 @@
 namespace lenet_fast::cpu::LENET_FAST_ISA {
 
 const Kernels kernels = {LENET_FAST_STRING(LENET_FAST_ISA), conv_act_pool_kernels<float>(),
-                         conv_act_pool_kernels<double>()};
+                         conv_act_pool_kernels<double>(), network_kernels<float>(), network_kernels<double>()};
 
 }  // namespace lenet_fast::cpu::LENET_FAST_ISA

@@ -1,0 +1,85 @@
+// A whole LeNet as the native step takes it, shared by every back end: convolutions, dense layers, and scores or
+// distances at the end. No torch, no pointers owned but by the connection tables' keeper.
+#pragma once
+
+#include "geometry.h"
+
+namespace lenet_fast {
+
+inline constexpr int kMaxConvs = 4;
+inline constexpr int kMaxDenses = 4;
+
+// output = activation(weight input + bias), weight (out_features, in_features).
+struct DenseGeometry {
+  int64_t in_features, out_features;
+  Activation activation;
+};
+
+// scores: softmax cross-entropy of the last dense layer. distances: LeCun's MAP loss of the squared Euclidean distances
+// between the last dense layer and one code a class.
+enum class Output { scores, distances };
+
+struct NetworkGeometry {
+  int num_convs, num_denses;
+  ConvGeometry conv[kMaxConvs];  // `batch` unused
+  DenseGeometry dense[kMaxDenses];
+  Output output;
+  int64_t classes;
+
+  const DenseGeometry& last_dense() const { return dense[num_denses - 1]; }
+};
+
+// What is subtracted from one parameter in one step, PyTorch's definitions with every scalar computed beforehand.
+enum class Optimizer { sgd, adam, adamw };
+
+template <typename T>
+struct Update {
+  Optimizer optimizer;
+  bool frozen, nesterov;
+  T rate;          // sgd: lr; adam: lr / (1 - beta1^step)
+  T weight_decay;  // added to the gradient (sgd, adam)
+  T shrink;        // adamw: 1 - lr * weight_decay
+  T momentum;
+  T beta2, one_minus_beta1, one_minus_beta2;
+  T correction;  // sqrt(1 - beta2^step)
+  T epsilon;
+};
+
+// A trained tensor with its optimizer state: `first` is the momentum or the mean of gradients, `second` the mean of
+// their squares; null where the optimizer has none.
+template <typename T>
+struct Parameter {
+  T *value, *grad, *first, *second;
+  Update<T> update;
+};
+
+template <typename T>
+struct ConvParameters {
+  Parameter<T> weight, bias, coefficient, subsample_bias;  // value null: absent
+};
+
+template <typename T>
+struct DenseParameters {
+  Parameter<T> weight, bias;
+};
+
+template <typename T>
+struct Network {
+  NetworkGeometry geometry;
+  ConvParameters<T> conv[kMaxConvs];
+  DenseParameters<T> dense[kMaxDenses];
+  const T* codes;  // (classes, in_features of the distances), null for scores
+};
+
+// Images (count, C, height, width), taken in `order` (null: as they lie). Bytes become scale * byte + background, in
+// the middle of a plane of the first convolution's size that is background elsewhere.
+template <typename T>
+struct Images {
+  const void* data;
+  bool are_bytes;
+  int64_t height, width;
+  T scale, background;
+  const int64_t* order;
+};
+
+}  // namespace lenet_fast

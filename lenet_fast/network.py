@@ -1,0 +1,302 @@
+"""A whole LeNet as the native operators take it: what it is made of, its parameters, and its sizes for an image."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from . import reference
+from .fusable import LeftAlone, is_observed, label, read_call, read_layer
+from .nn import RBF, ConvActPool2d, ConvSubsample2d, FusedConv2d, SparseConvActPool2d
+from .tables import Connections
+from .tracing import trace_forward
+
+__all__ = ["Network", "NetworkError"]
+
+_ACTIVATIONS = tuple(reference.ACTIVATIONS)  # in the order of csrc/activation.h
+_POOLS = ("avg", "max", "none", "subsample")  # in the order of csrc/geometry.h
+_MOST_LAYERS = 4  # convolutions, and dense layers: csrc/network.h
+_FUSED = (ConvActPool2d, SparseConvActPool2d, ConvSubsample2d)
+_FLATTEN = {"flatten", torch.flatten}
+
+
+class NetworkError(ValueError):
+    """A model that the whole-network operators do not take, and which part of it is why."""
+
+
+@dataclass
+class _Layer:
+    """A convolution with its activation and pooling, or a dense layer with its activation."""
+
+    name: str
+    module: nn.Module
+    activation: str = "identity"
+    pool: str = "none"  # "subsample" for ConvSubsample2d
+    padding: int | str = 0
+
+    @property
+    def is_dense(self) -> bool:
+        return isinstance(self.module, nn.Linear)
+
+    @property
+    def connections(self) -> Connections | None:
+        return getattr(self.module, "connections", None)
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name in ("weight", "bias", "coefficient", "pool_bias"):
+            parameter = getattr(self.module, name, None)
+            if parameter is not None:
+                yield f"{self.name}.{name}", parameter
+
+    def follow(self, kind: str, value: str) -> None:
+        """Take in an activation or a pooling behind the layer."""
+        if kind == "pool":
+            if self.pool != "none" or self.is_dense:
+                raise LeftAlone(f"a pooling cannot follow {self.name}" + " and its pooling" * (self.pool != "none"))
+            self.pool = value
+        elif value != "identity":
+            if self.activation != "identity":
+                raise LeftAlone(f"{self.name} has an activation already, {self.activation}")
+            if self.pool not in ("none", "max"):  # every activation is nondecreasing: it may follow the maximum
+                raise LeftAlone(f"an activation cannot follow the {self.pool} pooling of {self.name}")
+            self.activation = value
+
+
+@dataclass(frozen=True)
+class _ModuleState:
+    """What of a module decides on its forward, in a form that is quick to compare."""
+
+    module: nn.Module
+    kind: type[nn.Module]
+    children: dict[str, nn.Module | None]
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "_ModuleState":
+        options = {name: value for name, value in vars(module).items() if name[0] != "_" and name != "training"}
+        return cls(module, type(module), dict(module._modules), options)
+
+    def holds(self) -> bool:
+        module, own = self.module, vars(self.module)
+        return (
+            type(module) is self.kind
+            and own["_modules"] == self.children
+            and not is_observed(module)
+            and all(_same(own.get(name), value) for name, value in self.options.items())
+        )
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equal for plain values; a tensor, say, has to be the same object."""
+    return one is other or (isinstance(one, int | float | str | tuple) and type(one) is type(other) and one == other)
+
+
+@dataclass
+class Network:
+    """A LeNet found in a module: convolutions, dense layers, and perhaps an RBF layer, one after the other."""
+
+    layers: list[_Layer] = field(default_factory=list)
+    rbf: RBF | None = None
+    _flattened: bool = False
+    _states: list["_ModuleState"] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Network":
+        """Read `model`: convolution blocks (plain or fused layers), flatten, dense layers, perhaps an `RBF`.
+
+        Raises:
+            NetworkError: it is something else; names the part.
+            TypeError: `model` is no nn.Module.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        try:
+            if is_observed(model):
+                raise LeftAlone("the model has hooks or a forward of its own")
+            trace = trace_forward(model, training=True)
+        except LeftAlone as why:
+            raise NetworkError(f"{type(model).__name__}: {why}") from None
+        network = cls()
+        node = None
+        try:
+            for node in _chain(model, trace.graph):
+                network._take(model, node)
+        except LeftAlone as why:
+            raise NetworkError(f"{label(node)}: {why}") from None
+        network._check()
+        network._states = [_ModuleState.of(module) for module in model.modules()]
+        return network
+
+    def holds(self) -> bool:
+        """Whether the model still has the layers, options and hooks (none) with which it was read."""
+        return all(state.holds() for state in self._states)
+
+    def _take(self, model: nn.Module, node: fx.Node) -> None:
+        """Take in the next link of the chain."""
+        layer = model.get_submodule(node.target) if node.op == "call_module" else None
+        last = self.layers[-1] if self.layers else None
+        if self.rbf is not None:
+            raise LeftAlone("nothing can follow the RBF layer")
+        if layer is not None and is_observed(layer):
+            raise LeftAlone("it has hooks (pruning and weight norm are some) or a forward of its own")
+        if last is None and not isinstance(layer, (nn.Conv2d, *_FUSED)):
+            raise LeftAlone("a convolution has to come first")
+        if type(layer) in _FUSED:
+            self._take_convolution(_fused(node.target, layer))
+        elif type(layer) is nn.Linear:
+            if not (self._flattened or last.is_dense):
+                raise LeftAlone("a dense layer needs a flattening between it and the convolutions")
+            self.layers.append(_Layer(node.target, layer))
+        elif type(layer) is RBF:
+            if not (self._flattened or last.is_dense):
+                raise LeftAlone("an RBF layer needs a dense layer before it")
+            self.rbf = layer
+        elif type(layer) is nn.Flatten or node.target in _FLATTEN:
+            self._flatten(*_flatten_range(node, layer))
+        else:
+            kind, value = read_call(node) if layer is None else read_layer(layer)
+            if kind == "convolution":
+                self._take_convolution(_Layer(node.target, layer, padding=value))
+            elif last.pool == "subsample":
+                raise LeftAlone(f"nothing can follow the subsampling of {last.name}")
+            elif kind == "pool" and self._flattened:
+                raise LeftAlone("a pooling cannot follow the flattening")
+            else:
+                last.follow(kind, value)
+
+    def _take_convolution(self, layer: _Layer) -> None:
+        if self._flattened:
+            raise LeftAlone("a convolution cannot follow the flattening")
+        self.layers.append(layer)
+
+    def _flatten(self, start: int, end: int) -> None:
+        if start not in (1, -3) or end not in (-1, 3):
+            raise LeftAlone(f"flattens dimensions {start} to {end}, not 1 to -1")
+        self._flattened = True
+
+    def _check(self) -> None:
+        if not self.layers or self.layers[0].is_dense:
+            raise NetworkError("a convolution has to come first")
+        if not self._flattened:
+            raise NetworkError("its end: expected a flattening and dense layers behind the convolutions")
+        owners: dict[nn.Parameter, str] = {}
+        for name, parameter in self.named_parameters():
+            if parameter in owners:
+                raise NetworkError(f"{name}: the same parameter as {owners[parameter]}")
+            owners[parameter] = name
+
+    @property
+    def measures_distance(self) -> bool:
+        return self.rbf is not None
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The trained parameters in the order of the operators."""
+        for layer in self.layers:
+            yield from layer.parameters()
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors that the operators take: the parameters, and the codes of the RBF layer."""
+        codes = [] if self.rbf is None else [self.rbf.codes]
+        return [parameter for _, parameter in self.named_parameters()] + codes
+
+    def numbers(self, image: tuple[int, int, int]) -> list[int]:
+        """The network as int[] for images (C, H, W); see csrc/network_operands.h.
+
+        Raises:
+            NetworkError: a layer does not fit what arrives there.
+        """
+        channels, height, width = image
+        convs: list[list[int]] = []
+        denses: list[list[int]] = []
+        for index, layer in enumerate(self.layers):
+            if layer.is_dense:
+                features = channels * height * width
+                if layer.module.in_features != features:
+                    raise NetworkError(
+                        f"{layer.name}: expected {layer.module.in_features} features, "
+                        f"{features} arrive there from images of shape {image}"
+                    )
+                outputs = layer.module.out_features
+                denses.append(_dense_numbers(layer, outputs))
+                channels, height, width = outputs, 1, 1
+                continue
+            conv = layer.module
+            if channels != conv.in_channels:
+                raise NetworkError(f"{layer.name}: expected {conv.in_channels} channels, {channels} arrive there")
+            kernel, padding = _side(conv.kernel_size), _padding(layer)
+            sizes = [size + 2 * padding - kernel + 1 for size in (height, width)]
+            least = 1 if layer.pool == "none" else 2
+            if min(sizes) < least:
+                raise NetworkError(f"{layer.name}: nothing is left of images of shape {image} there")
+            behind = self.layers[index + 1 :]
+            if sizes == [1, 1] and padding == 0 and layer.connections is None and all(b.is_dense for b in behind):
+                denses.append(_dense_numbers(layer, conv.out_channels))  # a window over the whole input
+                channels, height, width = conv.out_channels, 1, 1
+                continue
+            indices = [] if layer.connections is None else list(layer.connections.indices)
+            count = -1 if layer.connections is None else len(indices)
+            has_bias = int(conv.bias is not None)
+            options = [_ACTIVATIONS.index(layer.activation), _POOLS.index(layer.pool), has_bias, count]
+            convs.append([conv.out_channels, kernel, padding, *options, *indices])
+            channels = conv.out_channels
+            height, width = sizes if layer.pool == "none" else [size // 2 for size in sizes]
+        classes = channels
+        if self.rbf is not None:
+            if self.rbf.in_features != channels:
+                raise NetworkError(f"RBF: expected {self.rbf.in_features} features, {channels} arrive there")
+            classes = self.rbf.num_classes
+        for kind, found in (("convolutions", convs), ("dense layers", denses)):
+            if not 1 <= len(found) <= _MOST_LAYERS:
+                raise NetworkError(f"{len(found)} {kind}: the native network has 1 to {_MOST_LAYERS}")
+        head = [*image, int(self.measures_distance), classes, len(convs), len(denses)]
+        return [*head, *itertools.chain(*convs, *denses)]
+
+
+def _chain(model: nn.Module, graph: fx.Graph) -> Iterator[fx.Node]:
+    """The calls of a forward that is one chain from its input to its output."""
+    nodes = list(graph.nodes)
+    inputs = [node for node in nodes if node.op == "placeholder"]
+    if len(inputs) != 1:
+        raise NetworkError(f"{type(model).__name__}: expected a forward of one input, got {len(inputs)}")
+    previous = inputs[0]
+    for node in nodes:
+        if node.op == "placeholder":
+            continue
+        if node.op == "get_attr" or list(node.all_input_nodes) != [previous] or len(previous.users) != 1:
+            raise NetworkError(f"{label(node)}: not a step of a plain sequence of layers")
+        if node.op == "output":
+            return
+        yield node
+        previous = node
+
+
+def _fused(name: str, module: FusedConv2d) -> _Layer:
+    pool = "subsample" if isinstance(module, ConvSubsample2d) else module.pool
+    return _Layer(name, module, module.activation, pool, module.padding)
+
+
+def _flatten_range(node: fx.Node, layer: nn.Module | None) -> tuple[int, int]:
+    if layer is not None:
+        return layer.start_dim, layer.end_dim
+    given = dict(zip(("input", "start_dim", "end_dim"), node.args, strict=False)) | dict(node.kwargs)
+    return given.get("start_dim", 0), given.get("end_dim", -1)
+
+
+def _side(kernel_size: int | tuple[int, int]) -> int:
+    return kernel_size if isinstance(kernel_size, int) else kernel_size[0]
+
+
+def _padding(layer: _Layer) -> int:
+    if not isinstance(layer.padding, str):
+        return layer.padding
+    kernel = _side(layer.module.kernel_size)
+    if layer.padding == "same" and kernel % 2 == 0:
+        raise NetworkError(f"{layer.name}: padding 'same' of an even kernel size, {kernel}, is not symmetric")
+    return (kernel - 1) // 2 if layer.padding == "same" else 0
+
+
+def _dense_numbers(layer: _Layer, outputs: int) -> list[int]:
+    return [outputs, _ACTIVATIONS.index(layer.activation), int(layer.module.bias is not None)]

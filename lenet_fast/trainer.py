@@ -1,0 +1,369 @@
+"""`FusedTrainer`: whole LeNet training steps, forward, loss, backward and update, in native calls without autograd."""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from . import backends
+from .functional import check_choice
+from .models import InputSpec
+from .network import Network, NetworkError
+
+__all__ = ["FusedTrainer", "History", "TrainingError"]
+
+OnStep = Callable[[int, float], None]
+
+_CALL_SECONDS = 0.1  # of a native call: how long Ctrl-C waits
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: a loss or parameter is not finite."""
+
+
+@dataclass(frozen=True)
+class History:
+    """What a run saw, step by step, before each update.
+
+    Args:
+        losses: mean loss of each batch, float64 (epochs, steps of an epoch).
+        correct: images of each batch that were classified rightly, int64 of the same shape.
+        images: of an epoch.
+    """
+
+    losses: Tensor
+    correct: Tensor
+    images: int
+
+    @property
+    def accuracy(self) -> list[float]:
+        """Share of the images classified rightly in each epoch."""
+        return [right / self.images for right in self.correct.sum(1).tolist()]
+
+
+class FusedTrainer:
+    """Trains a LeNet in place: each step is forward, loss, backward and update in one native call, without autograd.
+
+    Takes every model of `lenet_fast.models`, its `.reference()` twin, and any other module whose forward is a chain of
+    one to four convolution blocks (dense or sparse connections or trainable subsampling, any activation and pooling),
+    a flattening and one to four dense layers, perhaps with an `nn.RBF` at the end. The loss is softmax cross-entropy,
+    or LeCun's MAP loss behind an RBF layer. The model stays an ordinary one: its parameters are updated in place, and
+    evaluation, `state_dict` and further training with plain PyTorch go on from there.
+
+    `optimizer` is a `torch.optim` optimizer over the parameters of the model, whose settings and state are those of the
+    training: learning-rate schedulers and `optimizer.step()` work on it, and its `state_dict` is PyTorch's.
+
+    With the same number of threads a training repeats itself to the bit.
+
+    Args:
+        model: on the CPU, of dtype float32 or float64. Parameters that do not require gradients stay as they are.
+        optimizer: "sgd", "adam" or "adamw", by PyTorch's definitions.
+        lr: learning rate.
+        momentum, nesterov: of sgd.
+        weight_decay: L2 penalty; of adamw decoupled.
+        betas, eps: of adam and adamw.
+        j: of the MAP loss, see `nn.MAPLoss`.
+        input_spec: how uint8 images become an input; None takes that of the model, if it has one.
+
+    Raises:
+        NetworkError (a ValueError): a model that it cannot take; names the part.
+        TypeError, ValueError: an argument of the wrong kind, out of range or not fitting the others.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: str = "sgd",
+        *,
+        lr: float,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        j: float = 0.0,
+        input_spec: InputSpec | None = None,
+    ) -> None:
+        check_choice("optimizer", optimizer, ("sgd", "adam", "adamw"))
+        if optimizer != "sgd" and (momentum or nesterov):
+            raise ValueError(f"momentum, nesterov: only 'sgd' takes them, got {momentum!r}, {nesterov!r}")
+        if not (isinstance(j, int | float) and 0 <= j < math.inf):
+            raise ValueError(f"j: expected a finite number of at least 0, got {j!r}")
+        if input_spec is None:
+            input_spec = getattr(model, "input_spec", None)
+        if input_spec is not None and not isinstance(input_spec, InputSpec):
+            raise TypeError(f"input_spec: expected an InputSpec, got {type(input_spec).__name__}")
+        self.model = model
+        self.input_spec = input_spec
+        self._network = Network.of(model)
+        self._kind = optimizer
+        self._j = float(j)
+        self._numbers: dict[tuple[int, int, int], list[int]] = {}
+        self._check_parameters()
+        common = {"lr": lr, "weight_decay": weight_decay}
+        parameters = model.parameters()
+        # fused: the same state as train.AutogradEngine's, and the fastest way to go on without this class
+        self.optimizer: torch.optim.Optimizer = {
+            "sgd": lambda: torch.optim.SGD(parameters, **common, momentum=momentum, nesterov=nesterov, fused=True),
+            "adam": lambda: torch.optim.Adam(parameters, **common, betas=betas, eps=eps, fused=True),
+            "adamw": lambda: torch.optim.AdamW(parameters, **common, betas=betas, eps=eps, fused=True),
+        }[optimizer]()
+
+    def step(self, images: Tensor, labels: Tensor) -> float:
+        """One training step on one batch; returns the mean loss before the update.
+
+        Args:
+            images: floating (N, C, H, W) as the model takes it and of its dtype, or uint8 (N, H, W).
+            labels: (N,), integers from 0 to the number of classes - 1.
+
+        Raises:
+            TrainingError: the loss is not finite; the step was not taken.
+            TypeError, ValueError: images or labels of another kind or shape, a label out of range.
+        """
+        images, labels = self._check_data(images, labels)
+        losses, _ = self._call(images, labels, None, len(labels), [self._group()["lr"]])
+        (loss,) = losses.tolist()
+        if not math.isfinite(loss):
+            raise TrainingError(_not_finite(1))
+        return loss
+
+    def run(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        batch_size: int,
+        epochs: int = 1,
+        generator: torch.Generator | None = None,
+        on_step: OnStep | None = None,
+    ) -> History:
+        """Train `epochs` times on all images, each time in a new random order; the last batch may be smaller.
+
+        Ctrl-C and exceptions of `on_step` stop it between steps, with all parameters at the same step.
+
+        Args:
+            images, labels: the whole data set, as `step` takes a batch.
+            batch_size: images a step.
+            generator: draws the orders, `torch.randperm(N, generator=generator)`; None: PyTorch's default one.
+            on_step: called for every step, counted from 1, with its mean loss; several steps at a time, about ten
+                times a second.
+
+        Raises:
+            TrainingError: a loss is not finite; the parameters are those before that step.
+            TypeError, ValueError: as `step`.
+        """
+        for name, value in (("batch_size", batch_size), ("epochs", epochs)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
+        images, labels = self._check_data(images, labels)
+        steps = math.ceil(len(labels) / batch_size)
+        losses, correct = [], []
+        for epoch in range(epochs):
+            order = torch.randperm(len(labels), generator=generator)
+
+            def report(step: int, loss: float, before: int = epoch * steps) -> None:
+                on_step(before + step, loss)
+
+            results = self.run_epoch(images, labels, order, batch_size, on_step=None if on_step is None else report)
+            losses.append(results[0])
+            correct.append(results[1])
+        return History(torch.stack(losses), torch.stack(correct), len(labels))
+
+    def run_epoch(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        order: Tensor,
+        batch_size: int,
+        learning_rates: Sequence[float] | None = None,
+        on_step: OnStep | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Train on the images that `order` names, int64 (M,), batch after batch; see `run`.
+
+        Args:
+            learning_rates: one for each step; None: the optimizer's.
+
+        Returns:
+            The mean loss, float64, and the number of images classified rightly, int64, of each step.
+        """
+        images, labels = self._check_data(images, labels)
+        if order.dtype != torch.int64 or order.dim() != 1 or not len(order):
+            raise ValueError(f"order: expected int64 (M,), M > 0, got {order.dtype} of shape {tuple(order.shape)}")
+        for index in (order.min().item(), order.max().item()):
+            if not 0 <= index < len(labels):
+                raise ValueError(f"order: expected indices from 0 to {len(labels) - 1}, got {index}")
+        steps = math.ceil(len(order) / batch_size)
+        rates = [self._group()["lr"]] * steps if learning_rates is None else list(learning_rates)
+        if len(rates) != steps:
+            raise ValueError(f"learning_rates: expected one for each of the {steps} steps, got {len(rates)}")
+        losses, correct = [], []
+        done, steps_a_call = 0, 1
+        while done < steps:
+            stop = min(steps, done + steps_a_call)
+            part = order[done * batch_size : stop * batch_size]
+            started = time.perf_counter()
+            part_losses, part_correct = self._call(images, labels, part, batch_size, rates[done:stop])
+            seconds = time.perf_counter() - started
+            losses.append(part_losses)
+            correct.append(part_correct)
+            for loss in part_losses.tolist():
+                done += 1
+                if not math.isfinite(loss):
+                    raise TrainingError(_not_finite(done))
+                if on_step is not None:
+                    on_step(done, loss)
+            steps_a_call = max(1, min(4 * steps_a_call, int(_CALL_SECONDS / seconds * len(part_losses))))
+        return torch.cat(losses), torch.cat(correct)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the optimizer, in the form of `torch.optim`; the parameters are in the model's own `state_dict`."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned, of this class or of the `torch.optim` optimizer of the same kind."""
+        self.optimizer.load_state_dict(state)
+        self._group()
+
+    # --- one native call ---------------------------------------------------------------------------------------------
+
+    def _call(
+        self, images: Tensor, labels: Tensor, order: Tensor | None, batch_size: int, rates: list[float]
+    ) -> tuple[Tensor, Tensor]:
+        """Native steps on checked data: losses and numbers right, as far as they are finite."""
+        if not self._network.holds():
+            self._network = Network.of(self.model)
+            self._numbers.clear()
+        self._check_parameters()
+        group = self._group()
+        parameters = [parameter for _, parameter in self._network.named_parameters()]
+        known = set(map(id, group["params"]))
+        for name, parameter in self._network.named_parameters():
+            if id(parameter) not in known:
+                raise NetworkError(f"{name}: was replaced after the trainer was made; make a new one")
+        first, second, counts = self._state(group, parameters)
+        spec = self.input_spec
+        scale, background = (0.0, 0.0) if spec is None else ((spec.foreground - spec.background) / 255, spec.background)
+        beta1, beta2 = group.get("betas", (0.0, 0.0))
+        settings = [group.get("momentum", 0.0), group.get("nesterov", False), group["weight_decay"]]
+        settings += [beta1, beta2, group.get("eps", 0.0)]
+        torch.autograd.graph.increment_version([p for p in parameters if p.requires_grad])
+        return torch.ops.lenet_fast.network_train(
+            self._numbers_for(images),
+            self._network.tensors(),
+            first,
+            second,
+            counts,
+            [int(parameter.requires_grad) for parameter in parameters],
+            images,
+            labels,
+            order,
+            batch_size,
+            scale,
+            background,
+            self._kind,
+            list(map(float, settings)),
+            list(map(float, rates)),
+            self._j,
+        )
+
+    def _group(self) -> dict[str, Any]:
+        """The optimizer's settings."""
+        groups = self.optimizer.param_groups
+        if len(groups) != 1:
+            raise ValueError(f"optimizer: expected one group of parameters, got {len(groups)}")
+        for name in ("dampening", "maximize", "amsgrad"):
+            if groups[0].get(name):
+                raise ValueError(f"optimizer: the fused trainer has no {name}, got {groups[0][name]!r}")
+        return groups[0]
+
+    def _state(
+        self, group: dict[str, Any], parameters: list[nn.Parameter]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Moments and step counts of the parameters, made where they are missing; frozen ones get stand-ins."""
+        names = ("exp_avg", "exp_avg_sq") if self._kind != "sgd" else ("momentum_buffer",) if group["momentum"] else ()
+        if not names:
+            return [], [], []
+        moments: tuple[list[Tensor], list[Tensor]] = ([], [])
+        counts: list[Tensor] = []
+        for parameter in parameters:
+            state = self.optimizer.state[parameter] if parameter.requires_grad else {}
+            for name, tensors in zip(names, moments, strict=False):
+                if state.get(name) is None:
+                    state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
+                tensors.append(state[name])
+            if self._kind != "sgd":
+                if "step" not in state:
+                    state["step"] = torch.zeros((), dtype=torch.float32)
+                counts.append(state["step"])
+        return *moments, counts
+
+    # --- checks ------------------------------------------------------------------------------------------------------
+
+    def _check_parameters(self) -> None:
+        """Raise unless the tensors of the model are what the native step can write to."""
+        if _has_any_global_hook():
+            raise RuntimeError("hooks on all modules are set: the fused trainer would not call them")
+        ranges = []
+        dtype = None
+        for name, parameter in self._network.named_parameters():
+            dtype = parameter.dtype if dtype is None else dtype
+            if parameter.dtype not in (torch.float32, torch.float64) or parameter.dtype != dtype:
+                raise NetworkError(f"{name}: expected float32 or float64, one for all, got {parameter.dtype}")
+            if (reason := backends.why_unavailable("native", parameter.device.type)) is not None:
+                raise NetworkError(f"{name}: on {parameter.device}, where the fused trainer cannot run: {reason}")
+            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+                raise NetworkError(f"{name}: has gradient hooks, which the fused trainer would not call")
+            if not parameter.is_contiguous():
+                raise NetworkError(f"{name}: not contiguous, strides {parameter.stride()} for {tuple(parameter.shape)}")
+            begin = parameter.data_ptr()
+            ranges.append((begin, begin + parameter.numel() * parameter.element_size(), name))
+        ranges.sort()
+        for (_, end, name), (begin, _, other) in itertools.pairwise(ranges):
+            if begin < end:
+                raise NetworkError(f"{other}: shares memory with {name}")
+
+    def _check_data(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and labels as the native step takes them: contiguous, labels int64."""
+        parameter = next(self._network.named_parameters())[1]
+        for name, value in (("images", images), ("labels", labels)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+            if value.device != parameter.device:
+                raise ValueError(f"{name}: expected on {parameter.device} as the model is, got {value.device}")
+        if images.dtype == torch.uint8:
+            if self.input_spec is None:
+                raise ValueError(
+                    "images: uint8 ones need an input_spec, and the model has none; name it or pass floats"
+                )
+            if images.dim() != 3:
+                raise ValueError(f"images: expected uint8 (N, H, W), got shape {tuple(images.shape)}")
+        else:
+            if images.dtype != parameter.dtype:
+                raise TypeError(f"images: expected uint8 or {parameter.dtype} as the model has, got {images.dtype}")
+            if images.dim() != 4:
+                raise ValueError(f"images: expected (N, C, H, W), got shape {tuple(images.shape)}")
+        if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+            raise TypeError(f"labels: expected an integer dtype, got {labels.dtype}")
+        if labels.shape != images.shape[:1] or not len(labels):
+            raise ValueError(
+                f"labels: expected ({len(images)},), one an image and at least one, got {tuple(labels.shape)}"
+            )
+        return images.contiguous(), labels.to(torch.int64).contiguous()
+
+    def _numbers_for(self, images: Tensor) -> list[int]:
+        size = (
+            (1, self.input_spec.size, self.input_spec.size) if images.dtype == torch.uint8 else tuple(images.shape[1:])
+        )
+        if size not in self._numbers:
+            self._numbers[size] = self._network.numbers(size)
+        return self._numbers[size]
+
+
+def _not_finite(step: int) -> str:
+    return f"the loss is not finite in step {step}: training diverged; a lower learning rate may help"
