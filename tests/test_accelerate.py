@@ -22,14 +22,15 @@ tutorials = pytest.mark.parametrize("tutorial", TUTORIALS.values(), ids=TUTORIAL
 
 
 class Operators(TorchDispatchMode):
-    """Counts the operators that run, by name."""
+    """Counts the operators that run, by name; recording for backward has a name of its own, which counts the same."""
 
     def __init__(self):
         super().__init__()
         self.counts = Counter()
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        self.counts[operator._schema.name] += 1
+        name = operator._schema.name
+        self.counts["lenet_fast::conv_act_pool" if name == "lenet_fast::_conv_recording" else name] += 1
         return operator(*args, **(kwargs or {}))
 
 

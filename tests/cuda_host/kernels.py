@@ -35,6 +35,15 @@ def multiprocessors(request, monkeypatch):
     monkeypatch.setenv("CUDA_HOST_MULTIPROCESSORS", request.param)
 
 
+@pytest.mark.parametrize("case", SMALL_CASES, ids=str)
+def test_these_kernels_are_what_runs(case):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        case.gradients(case.tensors(), pool=case.pools[0], backend="native")
+    ours = [event.name for event in profile.events() if event.name.startswith("lenet_fast")]
+    assert [name.partition("::")[0] for name in ours if "lenet_fast_cuda_host" in name] == ["lenet_fast_cuda_host"] * 2
+    assert not any("_conv_record" in name for name in ours)
+
+
 @every_case
 def test_float64(case, pool, activation):
     expected, expected_grads = case.gradients(case.tensors(), activation, pool, "reference")
