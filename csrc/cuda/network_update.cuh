@@ -90,6 +90,8 @@ __device__ inline int dense_items(const DensePlan& dense) {
   return divide_up(dense.out_features, kUpdateRows) * dense.in_features + dense.out_features;
 }
 
+__device__ inline bool is_finite(double value) { return value - value == 0.0; }
+
 // Whether the step was taken: it is not when the loss is not finite. All blocks come to the same result.
 __device__ inline bool update_parameters(const NetworkPlan& n, float* shared, int step) {
   const int64_t batch = min(n.batch_size, n.total - step * n.batch_size);
@@ -112,17 +114,17 @@ __device__ inline bool update_parameters(const NetworkPlan& n, float* shared, in
       if (blockIdx.x == 0) {
         n.losses[step] = loss / static_cast<double>(batch);
         n.correct[step] = correct;
-        if (!isfinite(loss)) {
+        if (!is_finite(loss)) {
           *n.stopped = step + 1;
         }
       }
     }
-  } else if (threadIdx.x < 32 + num_slots) {
+  } else if (static_cast<int>(threadIdx.x) < 32 + num_slots) {
     const int slot = threadIdx.x - 32;
     updates[slot] = update_of(n, n.slot[slot], step);
   }
   __syncthreads();
-  if (!isfinite(total[0])) {
+  if (!is_finite(total[0])) {
     return false;
   }
 
