@@ -79,7 +79,7 @@ def csrc(sources: list[str]) -> list[str]:
 def cuda_extension() -> CppExtension:
     return CppExtension(
         "lenet_fast._C_cuda",
-        csrc(["bind_cuda.cpp"]),
+        csrc(["bind_cuda.cpp", "bind_network_cuda.cpp"]),
         include_dirs=[str(cuda_toolkit.toolkit_root() / "include")],
         extra_compile_args={"cxx": [*CXX_FLAGS, STABLE_ABI_FLAG, "-DUSE_CUDA"]},
         extra_objects=[str(cuda_toolkit.find_cudart_static())],

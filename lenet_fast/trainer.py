@@ -62,7 +62,8 @@ class FusedTrainer:
     With the same number of threads a training repeats itself to the bit.
 
     Args:
-        model: on the CPU, of dtype float32 or float64. Parameters that do not require gradients stay as they are.
+        model: on the CPU, of dtype float32 or float64, or on CUDA, of dtype float32. Parameters that do not require
+            gradients stay as they are.
         optimizer: "sgd", "adam" or "adamw", by PyTorch's definitions.
         lr: learning rate.
         momentum, nesterov: of sgd.
@@ -202,6 +203,7 @@ class FusedTrainer:
         rates = [self._group()["lr"]] * steps if learning_rates is None else list(learning_rates)
         if len(rates) != steps:
             raise ValueError(f"learning_rates: expected one for each of the {steps} steps, got {len(rates)}")
+        order = order.to(images.device)
         losses, correct = [], []
         done, steps_a_call = 0, 1
         while done < steps:
@@ -253,7 +255,7 @@ class FusedTrainer:
         settings = [group.get("momentum", 0.0), group.get("nesterov", False), group["weight_decay"]]
         settings += [beta1, beta2, group.get("eps", 0.0)]
         torch.autograd.graph.increment_version([p for p in parameters if p.requires_grad])
-        return torch.ops.lenet_fast.network_train(
+        losses, correct = torch.ops.lenet_fast.network_train(
             self._numbers_for(images),
             self._network.tensors(),
             first,
@@ -271,6 +273,7 @@ class FusedTrainer:
             list(map(float, rates)),
             self._j,
         )
+        return losses.cpu(), correct.cpu()
 
     def _group(self) -> dict[str, Any]:
         """The optimizer's settings."""
@@ -299,7 +302,7 @@ class FusedTrainer:
                 tensors.append(state[name])
             if self._kind != "sgd":
                 if "step" not in state:
-                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                 counts.append(state["step"])
         return *moments, counts
 
@@ -315,6 +318,8 @@ class FusedTrainer:
             dtype = parameter.dtype if dtype is None else dtype
             if parameter.dtype not in (torch.float32, torch.float64) or parameter.dtype != dtype:
                 raise NetworkError(f"{name}: expected float32 or float64, one for all, got {parameter.dtype}")
+            if parameter.is_cuda and dtype != torch.float32:
+                raise NetworkError(f"{name}: expected float32 on CUDA, got {dtype}")
             if (reason := backends.why_unavailable("native", parameter.device.type)) is not None:
                 raise NetworkError(f"{name}: on {parameter.device}, where the fused trainer cannot run: {reason}")
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
@@ -354,6 +359,11 @@ class FusedTrainer:
             raise ValueError(
                 f"labels: expected ({len(images)},), one an image and at least one, got {tuple(labels.shape)}"
             )
+        if labels.is_cuda:  # on the CPU the native step looks at them
+            low, high = torch.stack(labels.aminmax()).tolist()
+            classes = self._numbers_for(images)[4]
+            if low < 0 or high >= classes:
+                raise ValueError(f"labels: expected 0 to {classes - 1}, got {low} to {high}")
         return images.contiguous(), labels.to(torch.int64).contiguous()
 
     def _numbers_for(self, images: Tensor) -> list[int]:

@@ -154,6 +154,8 @@ OPERATOR_TESTS = "cpu-native and (nan_and or whole_range or expanded or wanted o
 PROCESSES = {
     "memory": ("memory", ["tests/cuda_host/kernels.py"]),
     "races": ("races", ["tests/cuda_host/kernels.py", "-k", "float32 or shorter_dtypes or many_images"]),
+    "network": ("memory", ["tests/cuda_host/network.py"]),
+    "network-races": ("races", ["tests/cuda_host/network.py", "-k", "test_other or test_models and settings1"]),
     "operators": ("memory", ["tests/test_operators.py", "-k", OPERATOR_TESTS]),
 }
 

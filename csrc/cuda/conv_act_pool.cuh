@@ -4,7 +4,9 @@
 #include "gradients.cuh"
 #include "kernels.h"
 #include "launch.cuh"
+#include "tables.cuh"
 #include "whole_image_backward.cuh"
+#include "workspace.h"
 
 namespace lenet_fast::cuda {
 namespace {
@@ -125,52 +127,6 @@ AnyTiling any_tiling(const AnyLayer<K>& layer) {
   return tiling;
 }
 
-// --- workspace -------------------------------------------------------------------------------------------------------
-
-// Hands out pieces of one block of memory, or only counts them.
-class Workspace {
- public:
-  explicit Workspace(void* memory) : memory_(static_cast<char*>(memory)) {}
-
-  template <typename T>
-  T* take(int64_t count) {
-    const size_t offset = used_;
-    used_ += (static_cast<size_t>(count) * sizeof(T) + 15) / 16 * 16;
-    return memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + offset);
-  }
-
-  size_t used() const { return used_; }
-
- private:
-  char* memory_;
-  size_t used_ = 0;
-};
-
-// (out, in) -> position of the connection, as AnyTable reads it.
-inline void upload(const ConvGeometry& g, int32_t* target, cudaStream_t stream) {
-  TablePiece piece;
-  piece.target = target;
-  piece.count = 0;
-  const auto send = [&] {
-    launch(&upload_table, "upload_table", 1, 256, 0, stream, piece);
-    piece.target += piece.count;
-    piece.count = 0;
-  };
-  for (int64_t out = 0; out < g.out_channels; ++out) {
-    int32_t next = g.connections.row_begin[out];
-    for (int32_t in = 0; in < g.in_channels; ++in) {
-      const bool connected = next < g.connections.row_begin[out + 1] && g.connections.in_channel[next] == in;
-      piece.indices[piece.count++] = connected ? next++ : -1;
-      if (piece.count == TablePiece::capacity) {
-        send();
-      }
-    }
-  }
-  if (piece.count > 0) {
-    send();
-  }
-}
-
 // --- forward ---------------------------------------------------------------------------------------------------------
 
 template <typename S>
@@ -263,7 +219,7 @@ size_t forward(const ConvActPoolForward<S>& p, void* memory, cudaStream_t stream
         p.dense ? nullptr : workspace.take<int32_t>(p.geometry.out_channels * p.geometry.in_channels);
     if (memory != nullptr) {
       if (indices != nullptr) {
-        upload(p.geometry, indices, stream);
+        upload_indices(p.geometry, indices, stream);
       }
       run_any(p, indices, stream);
     }
@@ -346,7 +302,7 @@ void run_any(const ConvActPoolBackward<S>& p, Workspace& workspace, bool only_co
     return;
   }
   if (indices != nullptr) {
-    upload(g, indices, stream);
+    upload_indices(g, indices, stream);
   }
   with_kernel_size(g.kernel_size, [&](auto K) {
     using Layer = AnyLayer<K()>;

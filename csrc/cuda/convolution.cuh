@@ -219,21 +219,6 @@ struct StoreOutput {
   }
 };
 
-// The gradients of a window's outputs: one, or four where nothing is pooled.
-template <typename S, typename T>
-__device__ __forceinline__ void load_gradients(T (&grad)[4], const S* plane, Pool pool, int out_height, int out_width,
-                                               int y, int x) {
-  if (pool != Pool::none) {
-    grad[0] = T(widen(plane[y * out_width + x]));
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int row = 2 * y + i / 2, column = 2 * x + i % 2;
-    grad[i] = row < out_height && column < out_width ? T(widen(plane[row * out_width + column])) : T(0);
-  }
-}
-
 // Store the gradient of the pre-activations; for subsampling also what each window adds to its parameters' gradients.
 template <typename S>
 struct StoreGradient {

@@ -112,19 +112,4 @@ __global__ void __launch_bounds__(kGradientThreads) map_sums(const __grid_consta
   }
 }
 
-// A piece of a connection table, carried to device memory as a kernel argument: no copy from host memory that a
-// captured graph would read again at each replay.
-struct TablePiece {
-  static constexpr int capacity = 960;
-  int count;
-  int32_t* target;
-  int32_t indices[capacity];
-};
-
-static __global__ void upload_table(const __grid_constant__ TablePiece a) {
-  for (int i = threadIdx.x; i < a.count; i += blockDim.x) {
-    a.target[i] = a.indices[i];
-  }
-}
-
 }  // namespace lenet_fast::cuda

@@ -31,7 +31,7 @@ inline constexpr size_t kDefaultSharedBytes = 48 * 1024;
 // The one way a kernel is launched. Grids are cut to their limits: kernels stride over their work.
 template <typename Argument>
 void launch(void (*kernel)(Argument), const char* name, int64_t blocks, int threads, size_t shared_bytes,
-            cudaStream_t stream, const Argument& argument, int64_t blocks_y = 1) {
+            cudaStream_t stream, const Argument& argument, int64_t blocks_y = 1, bool cooperative = false) {
   if (blocks == 0 || blocks_y == 0) {
     return;
   }
@@ -46,6 +46,13 @@ void launch(void (*kernel)(Argument), const char* name, int64_t blocks, int thre
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
+  cudaLaunchAttribute attribute{};
+  if (cooperative) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
   check(cudaLaunchKernelEx(&config, kernel, argument), name);
 }
 

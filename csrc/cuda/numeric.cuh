@@ -124,6 +124,21 @@ __device__ __forceinline__ T pool_window(const T (&z)[4], Pool pool, Subsample<T
   return pool == Pool::avg ? T(0.25) * sum : activate<A>(subsample.coefficient * sum + subsample.bias);
 }
 
+// The gradients of a window's outputs: one, or four where nothing is pooled.
+template <typename S, typename T>
+__device__ __forceinline__ void load_gradients(T (&grad)[4], const S* plane, Pool pool, int out_height, int out_width,
+                                               int y, int x) {
+  if (pool != Pool::none) {
+    grad[0] = T(widen(plane[y * out_width + x]));
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int row = 2 * y + i / 2, column = 2 * x + i % 2;
+    grad[i] = row < out_height && column < out_width ? T(widen(plane[row * out_width + column])) : T(0);
+  }
+}
+
 // What a window contributes to the gradients of its map's subsampling parameters.
 template <typename T>
 struct SubsampleGradients {

@@ -78,38 +78,6 @@ struct WholeImageBackward {
   bool vectorised;
 };
 
-// sums[i][kx] += gradient of output map i times the pixel under tap (ky, kx), over rows of outputs.
-template <typename A, typename T>
-__device__ __forceinline__ void accumulate_weight_gradient(T (&sums)[2][A::K], const T* first, const T* second,
-                                                           int grad_stride, const T* pixels, int slice) {
-  using Layer = typename A::Layer;
-  for (int y = slice; y < Layer::conv_height; y += A::slices) {
-    const T* const row = pixels + y * A::stride;
-    T window[8], grads[2][4];
-    load_vector<4>(reinterpret_cast<T(&)[4]>(window[4]), row);
-#pragma unroll
-    for (int x = 0; x < Layer::conv_width; x += 4) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        window[i] = window[i + 4];
-      }
-      load_vector<4>(reinterpret_cast<T(&)[4]>(window[4]), row + x + 4);
-      load_vector<4>(grads[0], first + y * grad_stride + x);
-      load_vector<4>(grads[1], second + y * grad_stride + x);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (x + i < Layer::conv_width) {
-#pragma unroll
-          for (int kx = 0; kx < A::K; ++kx) {
-            sums[0][kx] += grads[0][i] * window[i + kx];
-            sums[1][kx] += grads[1][i] * window[i + kx];
-          }
-        }
-      }
-    }
-  }
-}
-
 template <typename A>
 __global__ void __launch_bounds__(A::threads, A::blocks_per_multiprocessor)
     whole_image_backward(const __grid_constant__ A a) {
@@ -204,8 +172,9 @@ __global__ void __launch_bounds__(A::threads, A::blocks_per_multiprocessor)
     if (slice < A::slices) {
       const T* const first = gradients + pair.first * plane.size + plane.origin;
       const T* const second = gradients + (pair.second < 0 ? pair.first : pair.second) * plane.size + plane.origin;
-      accumulate_weight_gradient<A>(weight_sums, first, second, plane.stride,
-                                    pixels + pair.in * A::plane + tap_row * A::stride, slice);
+      accumulate_weight_gradient<K>(weight_sums, first, second, plane.stride,
+                                    pixels + pair.in * A::plane + tap_row * A::stride, A::stride, Layer::conv_height,
+                                    Layer::conv_width, slice, A::slices);
     }
     if (need_input) {
       constexpr int columns = divide_up(Layer::width, 2), in_windows = divide_up(Layer::height, 2) * columns;

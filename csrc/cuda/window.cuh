@@ -114,6 +114,40 @@ __device__ __forceinline__ void convolve_connected(T (&z)[Maps][4], unsigned mas
   }
 }
 
+// sums[i][kx] += the gradient of output map i times the pixel under tap kx of a row of at most five, over the rows of
+// outputs slice, slice + slices, ... All rows are aligned for loads of four values and have some slack.
+template <int Taps, typename T>
+__device__ __forceinline__ void accumulate_weight_gradient(T (&sums)[2][Taps], const T* first, const T* second,
+                                                           int grad_stride, const T* pixels, int stride, int rows,
+                                                           int columns, int slice, int slices) {
+  static_assert(Taps <= 5);
+  for (int y = slice; y < rows; y += slices) {
+    const T* const row = pixels + y * stride;
+    T window[8], grads[2][4];
+    load_vector<4>(reinterpret_cast<T(&)[4]>(window[4]), row);
+#pragma unroll
+    for (int x = 0; x < columns; x += 4) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        window[i] = window[i + 4];
+      }
+      load_vector<4>(reinterpret_cast<T(&)[4]>(window[4]), row + x + 4);
+      load_vector<4>(grads[0], first + y * grad_stride + x);
+      load_vector<4>(grads[1], second + y * grad_stride + x);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (x + i < columns) {
+#pragma unroll
+          for (int kx = 0; kx < Taps; ++kx) {
+            sums[0][kx] += grads[0][i] * window[i + kx];
+            sums[1][kx] += grads[1][i] * window[i + kx];
+          }
+        }
+      }
+    }
+  }
+}
+
 // Stage one channel's pixels [first_row, +rows) x [first_column, +columns) of an image, 0 outside it. All `threads`
 // threads of the block take part; `target` has rows of `stride`.
 template <typename S, typename T>

@@ -123,7 +123,7 @@ def build_operators(check: str) -> Path:
     csrc = ROOT / "csrc"
     return build(
         "lenet_fast_cuda_host.so",
-        [*sorted((csrc / "cuda").glob("*.cu")), csrc / "bind_cuda.cpp", HERE / "libtorch_cuda.cpp"],
+        [*sorted((csrc / "cuda").glob("*.cu")), *sorted(csrc.glob("bind_*cuda.cpp")), HERE / "libtorch_cuda.cpp"],
         shared_memory="_ZN10lenet_fast4cuda17lenet_fast_sharedE",
         check=check,
         flags=[

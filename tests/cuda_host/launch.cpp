@@ -320,10 +320,12 @@ thread_local cudaError_t last_error = cudaSuccess;
 
 cudaError_t remember(cudaError_t error) { return last_error = error; }
 
-int multiprocessors() {
-  const char* count = std::getenv("CUDA_HOST_MULTIPROCESSORS");
-  return count != nullptr ? std::max(1, std::atoi(count)) : 2;
+int from_environment(const char* name, int otherwise) {
+  const char* value = std::getenv(name);
+  return value != nullptr ? std::atoi(value) : otherwise;
 }
+
+int multiprocessors() { return std::max(1, from_environment("CUDA_HOST_MULTIPROCESSORS", 2)); }
 
 cudaError_t check(const cudaLaunchConfig_t& config, const void* kernel, bool cooperative) {
   const dim3 grid = config.gridDim, block = config.blockDim;
@@ -478,7 +480,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
       *value = shared_per_multiprocessor;
       return cudaSuccess;
     case cudaDevAttrCooperativeLaunch:
-      *value = 1;
+      *value = from_environment("CUDA_HOST_COOPERATIVE", 1);
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = shared_limit;

@@ -25,7 +25,7 @@ def _redirect() -> None:
         for suffix in ("", "_backward")
     ]
     assert len(names) == 6
-    for name in names:
+    for name in [*names, "network_train"]:
         schema = str(getattr(torch.ops.lenet_fast, name).default._schema)
         _host.define(schema.removeprefix("lenet_fast::"))
     torch.ops.load_library(os.environ[LIBRARY])

@@ -1,0 +1,332 @@
+// Whole training steps. One cooperative launch takes all of them: two grid-wide barriers a step, after the images'
+// phase and after the update. Where there is no cooperative launch, each phase is a launch of its own.
+//
+// Designed for one block of 16 warps a multiprocessor: at most 128 registers a thread; LeNet-5 takes 90 KB of shared
+// memory a block.
+#include "train_network.h"
+
+#include <cooperative_groups.h>
+
+#include "network_images.cuh"
+#include "network_update.cuh"
+#include "tables.cuh"
+#include "workspace.h"
+
+namespace lenet_fast::cuda {
+namespace {
+
+__device__ inline float* update_memory(const NetworkPlan& n, float* shared) { return shared + n.shared_floats; }
+
+template <int K>
+__global__ void __launch_bounds__(kNetworkThreads, 1) train_steps(const __grid_constant__ NetworkPlan n) {
+  float* const shared = reinterpret_cast<float*>(shared_memory());
+  clear_borders(n, shared);
+  for (int step = 0; step < n.steps; ++step) {
+    train_images<K>(n, shared, step);
+    cooperative_groups::this_grid().sync();
+    if (!update_parameters(n, update_memory(n, shared), step)) {
+      return;  // all blocks
+    }
+    cooperative_groups::this_grid().sync();
+  }
+}
+
+// One phase of one step.
+struct PhaseOf {
+  NetworkPlan n;
+  int step;
+};
+
+template <int K>
+__global__ void __launch_bounds__(kNetworkThreads, 1) train_images_phase(const __grid_constant__ PhaseOf a) {
+  if (*a.n.stopped != 0) {
+    return;
+  }
+  float* const shared = reinterpret_cast<float*>(shared_memory());
+  clear_borders(a.n, shared);
+  train_images<K>(a.n, shared, a.step);
+}
+
+static __global__ void __launch_bounds__(kNetworkThreads, 1) update_phase(const __grid_constant__ PhaseOf a) {
+  if (*a.n.stopped != 0) {
+    return;
+  }
+  update_parameters(a.n, update_memory(a.n, reinterpret_cast<float*>(shared_memory())), a.step);
+}
+
+struct Results {
+  double* losses;
+  int64_t* correct;
+  int32_t* stopped;
+  int steps;
+};
+
+static __global__ void clear_results(const __grid_constant__ Results a) {
+  for (int step = blockIdx.x * blockDim.x + threadIdx.x; step < a.steps; step += gridDim.x * blockDim.x) {
+    a.losses[step] = NAN;
+    a.correct[step] = 0;
+  }
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    *a.stopped = 0;
+  }
+}
+
+// After the last step: the optimizer's counts, of the steps taken.
+static __global__ void count_steps(const __grid_constant__ NetworkPlan n) {
+  const int taken = *n.stopped != 0 ? *n.stopped - 1 : n.steps;
+  const int slot = threadIdx.x;
+  static_assert(kMaxSlots <= 32);
+  if (slot < kMaxSlots && n.slot[slot].trained && n.slot[slot].count != nullptr) {
+    *n.slot[slot].count += static_cast<float>(taken);
+  }
+}
+
+// Hands out shared memory, in floats; every piece is aligned for loads of four.
+class SharedLayout {
+ public:
+  int take(int floats) {
+    const int at = used_;
+    used_ += round_up(floats, 4);
+    return at;
+  }
+  int used() const { return used_; }
+
+ private:
+  int used_ = 0;
+};
+
+ConvPlan conv_plan(const ConvGeometry& g, bool first, SharedLayout& shared) {
+  ConvPlan conv{};
+  AnyLayer<0>& layer = conv.layer;
+  layer.in_channels = static_cast<int>(g.in_channels);
+  layer.height = static_cast<int>(g.height);
+  layer.width = static_cast<int>(g.width);
+  layer.out_channels = static_cast<int>(g.out_channels);
+  layer.kernel_size = static_cast<int>(g.kernel_size);
+  layer.padding = static_cast<int>(g.padding);
+  layer.conv_height = static_cast<int>(g.conv_height());
+  layer.conv_width = static_cast<int>(g.conv_width());
+  conv.activation = g.activation;
+  conv.pool = g.pool;
+  conv.out_height = static_cast<int>(g.out_height());
+  conv.out_width = static_cast<int>(g.out_width());
+  const int K = layer.kernel_size;
+  conv.num_weights = static_cast<int>(g.num_connections()) * K * K;
+  const int rows = round_up(layer.conv_height, 2), columns = round_up(layer.conv_width, 4);
+  // A window reads K + 1 rows and columns, the weight gradient up to four columns more.
+  conv.stride = round_up(std::max(layer.width + 2 * layer.padding, columns + K), 4) + 4;
+  conv.plane = (std::max(layer.height + 2 * layer.padding, rows + K - 1) + 1) * conv.stride;
+  conv.pixels = shared.take(layer.in_channels * conv.plane);
+  conv.grad_border = first ? 0 : K - 1 - layer.padding;
+  const int left = round_up(conv.grad_border, 4);
+  conv.grad_stride = round_up(left + columns + std::max(conv.grad_border, 0) + 2, 4);
+  conv.grad_plane = (rows + 2 * conv.grad_border + 2) * conv.grad_stride;
+  conv.grad_origin = conv.grad_border * conv.grad_stride + left;
+  conv.grads = shared.take(layer.out_channels * conv.grad_plane);
+  conv.weights = shared.take(conv.groups() * kNetworkMaps * layer.in_channels * K * K);
+  conv.masks = shared.take(conv.groups() * layer.in_channels);
+  const int in_groups = divide_up(layer.in_channels, kNetworkMaps);
+  conv.flipped = shared.take(first ? 0 : in_groups * kNetworkMaps * layer.out_channels * K * K);
+  conv.in_masks = shared.take(first ? 0 : in_groups * layer.out_channels);
+  conv.sums = shared.take(conv.num_sums());
+  return conv;
+}
+
+// Shapes and places; pointers are filled in later.
+NetworkPlan plan_of(const NetworkGeometry& g) {
+  NetworkPlan n{};
+  SharedLayout shared;
+  n.num_convs = g.num_convs;
+  n.num_denses = g.num_denses;
+  n.classes = static_cast<int>(g.classes);
+  n.distances = g.output == Output::distances;
+  for (int l = 0; l < g.num_convs; ++l) {
+    n.conv[l] = conv_plan(g.conv[l], l == 0, shared);
+    n.num_sums += n.conv[l].num_sums();
+  }
+  for (int l = 0; l < g.num_denses; ++l) {
+    DensePlan& dense = n.dense[l];
+    dense.in_features = static_cast<int>(g.dense[l].in_features);
+    dense.out_features = static_cast<int>(g.dense[l].out_features);
+    dense.activation = g.dense[l].activation;
+    dense.input = shared.take(dense.in_features);
+    dense.grad_input = shared.take(dense.in_features);
+    dense.z = shared.take(dense.out_features);
+  }
+  n.output = shared.take(n.dense[g.num_denses - 1].out_features);
+  n.grad_output = shared.take(n.dense[g.num_denses - 1].out_features);
+  n.scores = shared.take(n.classes);
+  for (int l = 0; l < g.num_convs; ++l) {
+    const bool last = l + 1 == g.num_convs;
+    const ConvPlan& conv = n.conv[l];
+    n.conv[l].grad_output =
+        last ? n.dense[0].grad_input : shared.take(conv.layer.out_channels * conv.out_height * conv.out_width);
+  }
+  n.shared_floats = shared.used();
+  return n;
+}
+
+size_t shared_bytes(const NetworkPlan& n) { return n.shared_floats * sizeof(float) + kUpdateSharedBytes; }
+
+// Pairs of output maps that share an input map, as ConvPlan names them.
+std::vector<int32_t> map_pairs(const ConvGeometry& g) {
+  std::vector<int32_t> pairs;
+  for (int32_t in = 0; in < g.in_channels; ++in) {
+    for (int32_t entry = g.connections.column_begin[in]; entry < g.connections.column_begin[in + 1]; entry += 2) {
+      const bool has_second = entry + 1 < g.connections.column_begin[in + 1];
+      pairs.insert(pairs.end(), {in, g.connections.column_out[entry],
+                                 has_second ? g.connections.column_out[entry + 1] : int32_t{-1}});
+    }
+  }
+  return pairs;
+}
+
+int64_t steps_of(const TrainingRun& run) { return static_cast<int64_t>(run.learning_rates.size()); }
+
+// Places the run in the workspace, and with `stream` queues the tables' upload; without memory only counts.
+size_t place(const TrainingRun& run, NetworkPlan& n, void* memory, cudaStream_t stream) {
+  Workspace workspace(memory);
+  const NetworkGeometry& g = run.network.geometry;
+  const int64_t batch = std::min(run.batch_size, run.total), blocks = multiprocessors();
+  for (int l = 0; l < g.num_convs; ++l) {
+    const bool dense = g.conv[l].num_connections() == g.conv[l].out_channels * g.conv[l].in_channels;
+    const std::vector<int32_t> pairs = map_pairs(g.conv[l]);
+    auto* const indices = workspace.take<int32_t>(dense ? 0 : g.conv[l].out_channels * g.conv[l].in_channels);
+    auto* const pairs_at = workspace.take<int32_t>(static_cast<int64_t>(pairs.size()));
+    n.conv[l].num_pairs = static_cast<int>(pairs.size() / 3);
+    n.conv[l].indices = dense ? nullptr : indices;
+    n.conv[l].pairs = pairs_at;
+    if (memory != nullptr) {
+      if (!dense) {
+        upload_indices(g.conv[l], indices, stream);
+      }
+      upload(pairs.data(), static_cast<int64_t>(pairs.size()), pairs_at, stream);
+    }
+  }
+  for (int l = 0; l < g.num_denses; ++l) {
+    n.dense[l].inputs = workspace.take<float>(batch * g.dense[l].in_features);
+    n.dense[l].grad_outputs = workspace.take<float>(batch * g.dense[l].out_features);
+  }
+  auto* const rates = workspace.take<float>(steps_of(run));
+  n.learning_rates = rates;
+  n.block_sums = workspace.take<float>(blocks * n.num_sums);
+  n.block_losses = workspace.take<double>(blocks);
+  n.block_correct = workspace.take<int32_t>(blocks);
+  n.stopped = workspace.take<int32_t>(1);
+  if (memory != nullptr) {
+    const std::vector<float> values(run.learning_rates.begin(), run.learning_rates.end());
+    upload(values.data(), steps_of(run), rates, stream);
+  }
+  return workspace.used();
+}
+
+NetworkPlan complete_plan(const TrainingRun& run) {
+  NetworkPlan n = plan_of(run.network.geometry);
+  const auto slot = [&](int index, const Parameter<float>& p) {
+    n.slot[index] = {p.value, p.first, p.second, run.counts[index], run.trained[index]};
+  };
+  for (int l = 0; l < n.num_convs; ++l) {
+    const ConvParameters<float>& p = run.network.conv[l];
+    slot(4 * l, p.weight);
+    slot(4 * l + 1, p.bias);
+    slot(4 * l + 2, p.coefficient);
+    slot(4 * l + 3, p.subsample_bias);
+  }
+  for (int l = 0; l < n.num_denses; ++l) {
+    slot(4 * n.num_convs + 2 * l, run.network.dense[l].weight);
+    slot(4 * n.num_convs + 2 * l + 1, run.network.dense[l].bias);
+  }
+  n.codes = run.network.codes;
+  n.optimizer = run.optimizer;
+  n.nesterov = run.nesterov;
+  n.momentum = run.momentum;
+  n.weight_decay = run.weight_decay;
+  n.beta1 = run.beta1;
+  n.beta2 = run.beta2;
+  n.epsilon = run.epsilon;
+  n.images = run.images.data;
+  n.are_bytes = run.images.are_bytes;
+  n.image_height = static_cast<int>(run.images.height);
+  n.image_width = static_cast<int>(run.images.width);
+  n.scale = run.images.scale;
+  n.background = run.images.background;
+  n.order = run.images.order;
+  n.labels = run.labels;
+  n.num_images = run.num_images;
+  n.total = run.total;
+  n.batch_size = run.batch_size;
+  n.extra_score = run.extra_score;
+  n.steps = static_cast<int>(steps_of(run));
+  n.losses = run.losses;
+  n.correct = run.correct;
+  return n;
+}
+
+// Whether every convolution can take the register tile of kernel size 5: its gradient planes are read in pairs.
+bool all_five(const NetworkPlan& n) {
+  for (int l = 0; l < n.num_convs; ++l) {
+    if (n.conv[l].layer.kernel_size != 5 || n.conv[l].grad_border % 2 != 0) {
+      return false;
+    }
+  }
+  return true;
+}
+
+template <int K>
+void launch_steps(const NetworkPlan& n, cudaStream_t stream) {
+  const int64_t blocks = multiprocessors();
+  const size_t bytes = shared_bytes(n);
+  launch(&clear_results, "clear_results", 4, 256, 0, stream, Results{n.losses, n.correct, n.stopped, n.steps});
+  if (device_attribute(cudaDevAttrCooperativeLaunch) != 0) {
+    launch(&train_steps<K>, "train_steps", blocks, kNetworkThreads, bytes, stream, n, 1, true);
+  } else {
+    for (int step = 0; step < n.steps; ++step) {
+      launch(&train_images_phase<K>, "train_images_phase", blocks, kNetworkThreads, bytes, stream, PhaseOf{n, step});
+      launch(&update_phase, "update_phase", blocks, kNetworkThreads, bytes, stream, PhaseOf{n, step});
+    }
+  }
+  launch(&count_steps, "count_steps", 1, 32, 0, stream, n);
+}
+
+}  // namespace
+
+const char* why_unsupported(const NetworkGeometry& g) {
+  for (int l = 0; l < g.num_convs; ++l) {
+    if (g.conv[l].padding >= g.conv[l].kernel_size) {
+      return "a padding as large as the kernel";
+    }
+    // In 64 bits, before anything is laid out: planes this large fit no multiprocessor anyway.
+    if ((g.conv[l].in_channels + g.conv[l].out_channels) * g.conv[l].padded_height() * g.conv[l].padded_width() >
+            (1 << 20) ||
+        g.conv[l].in_channels * g.conv[l].out_channels * g.conv[l].kernel_size * g.conv[l].kernel_size > (1 << 20)) {
+      return "a convolution too large for a multiprocessor's shared memory";
+    }
+  }
+  for (int l = 0; l < g.num_denses; ++l) {
+    if (g.dense[l].in_features + g.dense[l].out_features > (1 << 16)) {
+      return "a dense layer too wide for a multiprocessor's shared memory";
+    }
+  }
+  if (g.classes > (1 << 16) ||
+      shared_bytes(plan_of(g)) > static_cast<size_t>(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin))) {
+    return "more of an image than a multiprocessor's shared memory holds";
+  }
+  return nullptr;
+}
+
+size_t workspace_bytes(const TrainingRun& run) {
+  NetworkPlan n = complete_plan(run);
+  return place(run, n, nullptr, nullptr);
+}
+
+void train(const TrainingRun& run, void* workspace, cudaStream_t stream) {
+  NetworkPlan n = complete_plan(run);
+  place(run, n, workspace, stream);
+  if (all_five(n)) {
+    launch_steps<5>(n, stream);
+  } else {
+    launch_steps<0>(n, stream);
+  }
+}
+
+}  // namespace lenet_fast::cuda

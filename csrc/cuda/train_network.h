@@ -1,0 +1,35 @@
+// Training steps of a whole network on the GPU, as the binding sees them.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <vector>
+
+#include "../network.h"
+
+namespace lenet_fast::cuda {
+
+struct TrainingRun {
+  Network<float> network;                         // values and moments; gradients unused
+  float* counts[4 * kMaxConvs + 2 * kMaxDenses];  // steps taken before, by slot; null where not counted
+  bool trained[4 * kMaxConvs + 2 * kMaxDenses];
+  Optimizer optimizer;
+  bool nesterov;
+  double momentum, weight_decay, beta1, beta2, epsilon;
+  Images<float> images;
+  int64_t num_images, total, batch_size;  // total: images in all steps together
+  const int64_t* labels;
+  float extra_score;
+  std::vector<double> learning_rates;  // one a step
+  double* losses;                      // (steps): of a step that was not taken, and of all after it, NaN
+  int64_t* correct;                    // (steps)
+};
+
+// Why the kernels cannot take this network; null when they can.
+const char* why_unsupported(const NetworkGeometry& geometry);
+size_t workspace_bytes(const TrainingRun& run);
+// Queues all steps on `stream`, in one launch where the device has cooperative ones.
+void train(const TrainingRun& run, void* workspace, cudaStream_t stream);
+
+}  // namespace lenet_fast::cuda
