@@ -1,29 +1,19 @@
-// Runs a launch on the host: blocks one after another, the threads of a block as fibers. See README.md.
+// Launches and the rest of CUDA's host side, for one device that is the CPU. See README.md.
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 
 #include <algorithm>
-#include <array>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <mutex>
-#include <numeric>
-#include <random>
-#include <stdexcept>
 #include <string>
 #include <unordered_map>
 #include <utility>
 #include <vector>
 
-#include "cooperative_groups.h"
-#include "cuda_runtime.h"
-#include "fiber.h"
-#include "position.h"
-
-uint3 threadIdx, blockIdx;
-dim3 blockDim, gridDim;
+#include "block.h"
 
 namespace cuda_host {
 
@@ -41,233 +31,6 @@ alignas(16) unsigned char cuda_host_shared_memory[shared_limit];
 unsigned char* const shared_memory = cuda_host_shared_memory;
 
 namespace {
-
-std::string text(const char* format, auto... values) {
-  char buffer[512];
-  std::snprintf(buffer, sizeof buffer, format, values...);
-  return buffer;
-}
-
-// What a kernel did that no GPU would forgive; ends the launch.
-struct Fault : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
-
-// The order in which independent things run: CUDA_HOST_ORDER=forward (default), reverse, or the seed of a random one.
-class Order {
- public:
-  Order() {
-    const char* choice = std::getenv("CUDA_HOST_ORDER");
-    name_ = choice != nullptr ? choice : "forward";
-    if (name_ != "forward" && name_ != "reverse") {
-      char* end;
-      generator_.seed(static_cast<unsigned>(std::strtoul(name_.c_str(), &end, 10)));
-      if (name_.empty() || *end != '\0') {
-        throw Fault("CUDA_HOST_ORDER: expected forward, reverse or a seed, got '" + name_ + "'");
-      }
-    }
-  }
-
-  // 0 .. count-1, a new order at every call if it is random.
-  std::vector<size_t> of(size_t count) {
-    std::vector<size_t> numbers(count);
-    std::iota(numbers.begin(), numbers.end(), size_t{0});
-    if (name_ == "reverse") {
-      std::reverse(numbers.begin(), numbers.end());
-    } else if (name_ != "forward") {
-      std::shuffle(numbers.begin(), numbers.end(), generator_);
-    }
-    return numbers;
-  }
-
- private:
-  std::string name_;
-  std::mt19937 generator_;
-};
-
-enum class State { ready, at_block_barrier, at_grid_barrier, in_warp, finished };
-
-// __syncwarp or a shuffle, as one lane calls it.
-struct WarpOperation {
-  const char* name;
-  unsigned mask;
-  size_t size;      // of the value, 0 for none
-  unsigned source;  // lane
-  unsigned char value[8];
-};
-
-struct Thread {
-  Fiber* fiber;
-  uint3 index;
-  Moment moment;
-  State state = State::ready;
-  WarpOperation operation;
-  std::string fault;
-};
-
-Thread* current = nullptr;
-
-void wait(State state) {
-  current->state = state;
-  Fiber::yield();
-}
-
-std::string coordinates(uint3 index) { return text("(%u,%u,%u)", index.x, index.y, index.z); }
-
-uint3 position(size_t number, dim3 size) {
-  return {static_cast<unsigned>(number % size.x), static_cast<unsigned>(number / size.x % size.y),
-          static_cast<unsigned>(number / size.x / size.y)};
-}
-
-size_t volume(dim3 size) { return size_t{size.x} * size.y * size.z; }
-
-class Block {
- public:
-  Block(size_t number, size_t shared_bytes, Fiber* fibers[], const std::function<void()>& body)
-      : index_(position(number, gridDim)), shared_(shared_bytes, 0xff), threads_(volume(blockDim)) {  // NaN in any type
-    for (size_t i = 0; i < threads_.size(); ++i) {
-      threads_[i].fiber = fibers[i];
-      threads_[i].index = position(i, blockDim);
-      threads_[i].moment = {static_cast<uint32_t>(number), static_cast<uint32_t>(i), 0, 0};
-      fibers[i]->start(body);
-    }
-  }
-
-  // Until every thread has returned or waits for the grid; which of the two.
-  State run(Order& order) {
-    blockIdx = index_;
-    std::copy(shared_.begin(), shared_.end(), cuda_host_shared_memory);
-    while (true) {
-      for (const size_t warp : order.of((threads_.size() + warpSize - 1) / warpSize)) {
-        run_warp(order, warp);
-      }
-      const State state = threads_[0].state;
-      for (const Thread& thread : threads_) {
-        if (thread.state != state || state == State::in_warp) {
-          throw Fault(divergence());
-        }
-      }
-      if (state != State::at_block_barrier) {
-        std::copy_n(cuda_host_shared_memory, shared_.size(), shared_.begin());
-        return state;
-      }
-      release();
-    }
-  }
-
-  void release() {
-    for (Thread& thread : threads_) {
-      thread.state = State::ready;
-      ++thread.moment.phase;
-    }
-  }
-
-  std::string name() const { return "block " + coordinates(index_); }
-
- private:
-  void run_warp(Order& order, size_t warp) {
-    Thread* const lanes = &threads_[warp * warpSize];
-    const size_t count = std::min<size_t>(warpSize, threads_.size() - warp * warpSize);
-    do {
-      for (const size_t lane : order.of(count)) {
-        if (lanes[lane].state == State::ready) {
-          resume(lanes[lane]);
-        }
-      }
-    } while (finish_warp_operation(lanes, count));
-  }
-
-  void resume(Thread& thread) {
-    current = &thread;
-    threadIdx = thread.index;
-    thread.fiber->resume();
-    current = nullptr;
-    if (thread.fiber->finished()) {
-      thread.state = State::finished;
-    }
-    if (!thread.fault.empty()) {
-      throw Fault(name() + ", thread " + coordinates(thread.index) + ": " + thread.fault);
-    }
-  }
-
-  // Carry out an operation for which all lanes that it names, but for those that have returned, have come.
-  bool finish_warp_operation(Thread* lanes, size_t count) {
-    for (size_t first = 0; first < count; ++first) {
-      if (lanes[first].state != State::in_warp) {
-        continue;
-      }
-      const WarpOperation& operation = lanes[first].operation;
-      std::vector<Thread*> members;
-      bool complete = true;
-      for (size_t lane = 0; lane < count; ++lane) {
-        if ((operation.mask >> lane & 1) != 0 && lanes[lane].state != State::finished) {
-          members.push_back(&lanes[lane]);
-          complete = complete && lanes[lane].state == State::in_warp;
-        }
-      }
-      if (complete) {
-        exchange(lanes, members);
-        return true;
-      }
-    }
-    return false;
-  }
-
-  void exchange(Thread* lanes, const std::vector<Thread*>& members) {
-    const WarpOperation& first = members.front()->operation;
-    std::vector<std::array<unsigned char, 8>> received;
-    for (const Thread* member : members) {
-      const WarpOperation& operation = member->operation;
-      const std::string who = name() + ", thread " + coordinates(member->index) + ": ";
-      if (std::strcmp(operation.name, first.name) != 0 || operation.mask != first.mask ||
-          operation.size != first.size) {
-        throw Fault(
-            who +
-            text("%s of %zu bytes with mask 0x%08x, while thread ", operation.name, operation.size, operation.mask) +
-            coordinates(members.front()->index) +
-            text(" of the warp calls %s of %zu bytes with mask 0x%08x", first.name, first.size, first.mask));
-      }
-      const auto source = std::find(members.begin(), members.end(), lanes + operation.source);
-      if (operation.size > 0 && source == members.end()) {
-        throw Fault(who + text("%s reads lane %u, which takes no part", operation.name, operation.source));
-      }
-      std::memcpy(received.emplace_back().data(), operation.size > 0 ? (*source)->operation.value : operation.value, 8);
-    }
-    for (size_t i = 0; i < members.size(); ++i) {
-      std::memcpy(members[i]->operation.value, received[i].data(), 8);
-      members[i]->state = State::ready;
-      ++members[i]->moment.step;
-    }
-  }
-
-  // Who waits where, when not all threads wait at the same barrier.
-  std::string divergence() const {
-    const std::pair<State, const char*> places[] = {{State::at_block_barrier, "wait at __syncthreads"},
-                                                    {State::at_grid_barrier, "wait at grid.sync"},
-                                                    {State::in_warp, "wait in a warp operation"},
-                                                    {State::finished, "have returned"}};
-    std::string message = name() + ": divergent barrier:";
-    const char* separator = " ";
-    for (const auto& [state, what] : places) {
-      const auto in_state = [state = state](const Thread& thread) { return thread.state == state; };
-      const auto first = std::find_if(threads_.begin(), threads_.end(), in_state);
-      if (first != threads_.end()) {
-        const auto number = std::count_if(threads_.begin(), threads_.end(), in_state);
-        message +=
-            separator + text("%td of %zu threads %s (first ", number, threads_.size(), what) +
-            coordinates(first->index) +
-            (state == State::in_warp ? text(": %s, mask 0x%08x", first->operation.name, first->operation.mask) : "") +
-            ")";
-        separator = ", ";
-      }
-    }
-    return message;
-  }
-
-  uint3 index_;
-  std::vector<unsigned char> shared_;  // while another block runs
-  std::vector<Thread> threads_;
-};
 
 void run_one_after_another(Order& order, size_t shared_bytes, Fiber* fibers[], const std::function<void()>& body) {
   for (const size_t number : order.of(volume(gridDim))) {
@@ -347,20 +110,6 @@ cudaError_t check(const cudaLaunchConfig_t& config, const void* kernel, bool coo
 
 }  // namespace
 
-const Moment* now() { return current != nullptr ? &current->moment : nullptr; }
-
-bool on_own_stack(uintptr_t address) { return current->fiber->contains(address); }
-
-std::string thread_name(const Moment& moment) {
-  return "thread " + coordinates(position(moment.thread, blockDim)) + " of block " +
-         coordinates(position(moment.block, gridDim));
-}
-
-void fail(std::string message) {
-  current->fault = std::move(message);
-  Fiber::yield();
-}
-
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& thread) {
   const std::lock_guard lock(device_mutex);
   const bool cooperative = std::any_of(config.attrs, config.attrs + config.numAttrs, [](const auto& attribute) {
@@ -399,43 +148,9 @@ cudaError_t blocks_per_multiprocessor(int* blocks, int threads, size_t shared_by
   return cudaSuccess;
 }
 
-void shuffle(const char* name, Shuffle kind, unsigned mask, void* value, size_t size, int operand, int width) {
-  const int lane = static_cast<int>(current->moment.thread % warpSize), first = lane / width * width,
-            last = first + width - 1;
-  int source = 0;
-  switch (kind) {  // where it falls out of the segment, a lane keeps its own value
-    case Shuffle::up:
-      source = lane - operand >= first ? lane - operand : lane;
-      break;
-    case Shuffle::down:
-      source = lane + operand <= last ? lane + operand : lane;
-      break;
-    case Shuffle::butterfly:
-      source = (lane ^ operand) <= last ? lane ^ operand : lane;
-      break;
-    case Shuffle::indexed:
-      source = first + (operand & (width - 1));
-      break;
-  }
-  if ((mask >> lane & 1) == 0) {
-    fail(text("%s by lane %d, which its mask 0x%08x leaves out", name, lane, mask));
-  }
-  current->operation = {name, mask, size, static_cast<unsigned>(source), {}};
-  std::memcpy(current->operation.value, value, size);
-  wait(State::in_warp);
-  std::memcpy(value, current->operation.value, size);
-}
-
 }  // namespace cuda_host
 
 using namespace cuda_host;
-
-void __syncthreads() { wait(State::at_block_barrier); }
-void __syncwarp(unsigned mask) {
-  char nothing = 0;
-  shuffle("__syncwarp", Shuffle::indexed, mask, &nothing, 0, 0, warpSize);
-}
-void cooperative_groups::grid_group::sync() const { wait(State::at_grid_barrier); }
 
 const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
