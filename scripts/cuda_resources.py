@@ -109,12 +109,12 @@ def _parse(report: str, ptx: str, architecture: str) -> list[Resources]:
         )
     plain = subprocess.run(["c++filt"], input="\n".join(kernels), capture_output=True, text=True, check=True).stdout
     return [
-        Resources(_short(name), *astuple(resources)[1:])
+        Resources(short_name(name), *astuple(resources)[1:])
         for name, resources in zip(plain.splitlines(), kernels.values(), strict=True)
     ]
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     """A demangled kernel without return type, parameters and our namespaces."""
     name = re.sub(r"lenet_fast::(cuda::)?|\(anonymous namespace\)::", "", name).removeprefix("void ")
     depth = 0

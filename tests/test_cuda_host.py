@@ -152,8 +152,8 @@ def test_conversions_round_as_pytorch_does(samples):
 # What each process runs: the shim's check, and pytest's arguments. Two at a time, the longest first.
 OPERATOR_TESTS = "cpu-native and (nan_and or whole_range or expanded or wanted or unbatched) or infinite_pixels"
 PROCESSES = {
-    "memory": ("memory", ["tests/cuda_host/kernels.py"]),
-    "races": ("races", ["tests/cuda_host/kernels.py", "-k", "float32 or shorter_dtypes or many_images"]),
+    "memory": ("memory", ["tests/cuda_host/kernels.py", "-k", "not skipped"]),
+    "races": ("races", ["tests/cuda_host/kernels.py", "-k", "float32 or shorter or many_images or skipped"]),
     "network": ("memory", ["tests/cuda_host/network.py"]),
     "network-races": ("races", ["tests/cuda_host/network.py", "-k", "test_other or test_models and settings1"]),
     "operators": ("memory", ["tests/test_operators.py", "-k", OPERATOR_TESTS]),

@@ -21,6 +21,7 @@ struct Fault : std::runtime_error {
 };
 
 // The order in which independent things run: CUDA_HOST_ORDER=forward (default), reverse, or the seed of a random one.
+// CUDA_HOST_SKIP_BARRIER=n plants a fault: threads run through their n-th __syncthreads, counted from 0.
 class Order {
  public:
   Order();
@@ -48,6 +49,7 @@ struct Thread {
   uint3 index;
   Moment moment;
   State state = State::ready;
+  bool has_skipped = false;  // the barrier to skip
   WarpOperation operation;
   std::string fault;
 };

@@ -58,12 +58,12 @@ def why_unavailable() -> str | None:
 
 
 @cache
-def _headers_digest() -> str:
+def _headers_digest(folder: Path) -> str:
+    """Of the headers that a source in `folder` can include."""
     digest = hashlib.sha256()
-    for folder in (HERE, ROOT / "csrc"):
-        for path in sorted(folder.rglob("*")):
-            if path.suffix in (".h", ".cuh"):
-                digest.update(path.name.encode() + path.read_bytes())
+    for path in sorted([*folder.glob("*"), *(HERE / "include").glob("*"), *(ROOT / "csrc").rglob("*")]):
+        if path.suffix in (".h", ".cuh"):
+            digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
 
@@ -78,7 +78,7 @@ def _run(command: list) -> None:
 
 
 def _object(source: Path, flags: list[str]) -> Path:
-    key = [_compiler_version(), _headers_digest(), *flags, source.name, source.read_text()]
+    key = [_compiler_version(), _headers_digest(source.parent), *flags, source.name, source.read_text()]
     name = f"{source.stem}-{hashlib.sha256(chr(0).join(key).encode()).hexdigest()[:16]}.o"
     if not (CACHE / name).exists():
         CACHE.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ only the shim can ask: other orders, other numbers of multiprocessors.
 
 from dataclasses import replace
 
+import cuda_resources
 import pytest
 import torch
 from operators import ACTIVATIONS, CASES, LENET_1998_C3, LENET_C1, LENET_C3, ODD, SMALL_CASES, SPARSE_C3, Case
@@ -89,3 +90,43 @@ def test_bit_equal_in_every_order(case, monkeypatch):
         results.append((output, *grads))
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
+
+
+# Bytes of a multiprocessor's shared memory; the system takes 1 KiB of every block's.
+SHARED_BYTES = {"sm_80": 164 << 10, "sm_90": 228 << 10}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_launches_fit_the_designed_occupancy(dtype, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_HOST_LAUNCHES", str(tmp_path / "launches"))
+    for case in FEW_IMAGES:
+        case.gradients(case.tensors(dtype), pool=case.pools[0], backend="native")
+    launches = {tuple(line.split(" ", 2)) for line in (tmp_path / "launches").read_text().splitlines()}
+    table = {row.key: row for row in cuda_resources.read_table()}
+    for threads, shared_bytes, kernel in launches:
+        for architecture, limit in SHARED_BYTES.items():
+            designed = table[cuda_resources.short_name(kernel), architecture]
+            assert int(threads) <= designed.threads
+            assert designed.blocks * (designed.static_shared + int(shared_bytes) + 1024) <= limit, kernel
+    assert len({kernel for _, _, kernel in launches}) > 5
+
+
+# What is launched, and barriers that its first kernel cannot do without; later ones repeat them image by image.
+SKIPPED = [(case, "forward", barrier) for case in LENETS for barrier in (0, 1)]
+SKIPPED += [(case, "backward", barrier) for case in LENETS for barrier in (0, 1, 2)]
+SKIPPED += [(ODD, "forward", 1), *((ODD, "backward", barrier) for barrier in (0, 1, 2, 3))]
+
+
+@pytest.mark.parametrize(("case", "direction", "barrier"), SKIPPED, ids=str)
+def test_a_skipped_barrier_is_seen(case, direction, barrier, monkeypatch):
+    """Planted in the package's own kernels: all threads run through their n-th __syncthreads."""
+    leaves = tuple(t.requires_grad_() for t in case.tensors(torch.float32))
+
+    def skip(when):
+        monkeypatch.setenv("CUDA_HOST_SKIP_BARRIER", str(barrier if direction == when else -1))
+
+    with pytest.raises(RuntimeError, match=r"race on shared memory, byte \d+: a .* at .*\.cuh:\d+ and a"):  # noqa: PT012
+        skip("forward")
+        output = case.run(leaves, pool=case.pools[0], backend="native")
+        skip("backward")
+        output.sum().backward()

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <fstream>
 #include <mutex>
 #include <string>
 #include <unordered_map>
@@ -68,7 +69,7 @@ void run_together(Order& order, size_t shared_bytes, Fiber* fibers[], const std:
 }
 
 std::string kernel_name(const void* kernel) {
-  char name[512];
+  static char name[8192];
   void* const inside = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(kernel) + 1);  // it takes a return address
   __sanitizer_symbolize_pc(inside, "%f", name, sizeof name);
   return name;
@@ -108,6 +109,14 @@ cudaError_t check(const cudaLaunchConfig_t& config, const void* kernel, bool coo
   return cudaSuccess;
 }
 
+// A line for the file CUDA_HOST_LAUNCHES: threads and bytes of dynamic shared memory of a block, and the kernel.
+void log_launch(const cudaLaunchConfig_t& config, const void* kernel) {
+  if (const char* path = std::getenv("CUDA_HOST_LAUNCHES")) {
+    std::ofstream(path, std::ios::app) << volume(config.blockDim) << ' ' << config.dynamicSmemBytes << ' '
+                                       << kernel_name(kernel) << '\n';
+  }
+}
+
 }  // namespace
 
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& thread) {
@@ -118,6 +127,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const s
   if (const cudaError_t error = check(config, kernel, cooperative); error != cudaSuccess) {
     return remember(error);
   }
+  log_launch(config, kernel);
   gridDim = config.gridDim;
   blockDim = config.blockDim;
   static std::deque<Fiber> stacks;
