@@ -80,6 +80,7 @@ Block::Block(size_t number, size_t shared_bytes, Fiber* fibers[], const std::fun
 State Block::run(Order& order) {
   blockIdx = index_;
   std::copy(shared_.begin(), shared_.end(), shared_memory);
+  forget_shared_accesses();
   while (true) {
     for (const size_t warp : order.of((threads_.size() + warpSize - 1) / warpSize)) {
       run_warp(order, warp);

@@ -18,7 +18,6 @@
 
 namespace cuda_host {
 
-constexpr size_t shared_limit = size_t{227} << 10;  // a block's, of an H100
 constexpr size_t shared_default_limit = size_t{48} << 10;
 constexpr size_t shared_per_multiprocessor = size_t{228} << 10;
 constexpr size_t shared_reserved = size_t{1} << 10;  // by the system, of every block
@@ -64,7 +63,7 @@ void run_together(Order& order, size_t shared_bytes, Fiber* fibers[], const std:
     for (Block& block : blocks) {
       block.release();
     }
-    forget_accesses();
+    forget_global_accesses();
   }
 }
 
@@ -138,7 +137,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const s
   }
   __asan_poison_memory_region(cuda_host_shared_memory, shared_limit);
   __asan_unpoison_memory_region(cuda_host_shared_memory, config.dynamicSmemBytes);
-  forget_accesses();
+  forget_global_accesses();
   cudaError_t error = cudaSuccess;
   try {
     Order order;

@@ -12,6 +12,7 @@ struct Moment {
   uint32_t block, thread, phase, step;
 };
 
+constexpr size_t shared_limit = size_t{227} << 10;  // bytes of a block, as on an H100
 extern unsigned char* const shared_memory;
 
 // The running thread's, or null outside a kernel.
@@ -22,7 +23,9 @@ std::string thread_name(const Moment& moment);
 // From within a kernel: ends the launch with an error. Never comes back.
 void fail(std::string message);
 
-// Accesses from here on do not race with earlier ones: a launch begins, or the grid has synchronised.
-void forget_accesses();
+// Accesses from here on do not race with earlier ones: another block's shared memory is in place; a launch begins, or
+// the grid has synchronised.
+void forget_shared_accesses();
+void forget_global_accesses();
 
 }  // namespace cuda_host

@@ -21,7 +21,8 @@ struct History {
   Access write, read, other_read;
 };
 
-std::unordered_map<uintptr_t, History> histories;
+std::unordered_map<uintptr_t, History> global_histories;
+std::unordered_map<uintptr_t, History> shared_histories;  // of the running block
 
 bool ordered(const Moment& before, const Moment& after) {
   if (before.block != after.block) {
@@ -37,11 +38,13 @@ std::string place(const void* code) {
   return text;
 }
 
+bool in_shared_memory(uintptr_t address) { return address - reinterpret_cast<uintptr_t>(shared_memory) < shared_limit; }
+
 void report(uintptr_t address, const char* what, const void* code, const char* earlier_what, const Access& earlier) {
-  const uintptr_t base = reinterpret_cast<uintptr_t>(shared_memory);
   char where[64];
-  if (address - base < (uintptr_t{1} << 18)) {
-    std::snprintf(where, sizeof where, "shared memory, byte %zu", static_cast<size_t>(address - base));
+  if (in_shared_memory(address)) {
+    const size_t byte = address - reinterpret_cast<uintptr_t>(shared_memory);
+    std::snprintf(where, sizeof where, "shared memory, byte %zu", byte);
   } else {
     std::snprintf(where, sizeof where, "global memory, %#zx", static_cast<size_t>(address));
   }
@@ -55,11 +58,9 @@ void record(const volatile void* pointer, size_t size, bool write, const void* c
   if (moment == nullptr || on_own_stack(begin)) {
     return;
   }
-  // Every block has a shared memory of its own at the same address.
-  const bool shared = begin - reinterpret_cast<uintptr_t>(shared_memory) < (uintptr_t{1} << 18);
-  const uintptr_t space = shared ? uintptr_t{moment->block + 1} << 48 : 0;
+  auto& histories = in_shared_memory(begin) ? shared_histories : global_histories;
   for (uintptr_t address = begin / 2 * 2; address < begin + size; address += 2) {
-    History& history = histories[address ^ space];
+    History& history = histories[address];
     const auto conflicts = [&](const Access& earlier) {
       return earlier.code != nullptr && !ordered(earlier.moment, *moment);
     };
@@ -84,7 +85,8 @@ void record(const volatile void* pointer, size_t size, bool write, const void* c
 
 }  // namespace
 
-void forget_accesses() { histories.clear(); }
+void forget_shared_accesses() { shared_histories.clear(); }
+void forget_global_accesses() { global_histories.clear(); }
 
 }  // namespace cuda_host
 
