@@ -67,26 +67,31 @@ struct ConvLayer {
 
 // --- register tiles --------------------------------------------------------------------------------------------------
 
-// Columns of a register tile, widest first. With 32 vector registers, 2 x 10 accumulators, 7 weights and a pixel fit.
+// Columns of the widest register tile: with 32 vector registers, 2 x 10 accumulators, 7 weights and a pixel fit. With
+// 16, 2 x 4, 5 weights and a pixel do, and 2 x 6 with every weight loaded anew.
 #if LENET_FAST_VECTOR_REGISTERS >= 32
-inline constexpr int kTileColumns[] = {10, 8, 6, 4, 2};
 inline constexpr int kMaxColumns = 10;
+constexpr int64_t num_tiles(int64_t columns) { return (columns + 9) / 10; }
 #else
-inline constexpr int kTileColumns[] = {4, 2};
-inline constexpr int kMaxColumns = 4;
+inline constexpr int kMaxColumns = 6;
+constexpr int64_t num_tiles(int64_t columns) { return std::max<int64_t>(1, columns / 4); }
 #endif
-inline constexpr int kNumTiles = sizeof(kTileColumns) / sizeof(int);
 
-// Cut `columns` (even) into tiles: f(first column, std::integral_constant<int, width>).
+// Cut `columns` (even) into tiles of nearly the same, even width: f(first column, std::integral_constant<int, width>).
+// A narrow tile has too few accumulators to hide their latency.
 template <typename F>
 LF_INLINE void for_each_tile(int64_t columns, F&& f) {
-  int64_t x = 0;
-  unroll<kNumTiles>([&](auto tile) __attribute__((always_inline)) {
-    constexpr int width = kTileColumns[tile];
-    for (; x + width <= columns; x += width) {
-      f(x, std::integral_constant<int, width>{});
-    }
-  });
+  const int64_t tiles = num_tiles(columns), pairs = columns / 2;
+  for (int64_t tile = 0, x = 0; tile < tiles; ++tile) {
+    const int64_t end = 2 * (pairs * (tile + 1) / tiles);
+    unroll<kMaxColumns / 2>([&](auto i) __attribute__((always_inline)) {
+      constexpr int width = 2 * (i + 1);
+      if (end - x == width) {
+        f(x, std::integral_constant<int, width>{});
+      }
+    });
+    x = end;
+  }
 }
 
 // Call f with the kernel size as a compile-time constant; 0 for one that has no code of its own.
@@ -153,7 +158,7 @@ void conv_tile(Tile<T>& z, const ConvLayer<T>& layer, const Vec<T>* input, int64
     const T* weight = layer.weight + c * kernel_size * kernel_size;
     const Vec<T>* row = input + table.in_channel[c] * layer.layout.input_plane + y * input_row + x;
     for (int64_t ky = 0; ky < kernel_size; ++ky, weight += kernel_size, row += input_row) {
-      if constexpr (K > 0) {
+      if constexpr (K > 0 && 2 * Columns + K + 1 < LENET_FAST_VECTOR_REGISTERS) {
         Vec<T> tap[K];
         unroll<K>([&](auto kx) __attribute__((always_inline)) { tap[kx] = splat(weight[kx]); });
         unroll<2>([&](auto dy) __attribute__((always_inline)) {

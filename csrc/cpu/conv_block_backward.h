@@ -153,12 +153,17 @@ void input_gradient_tile(Vec<T>* target, const ConvLayer<T>& layer, const Vec<T>
     const Vec<T>* grads =
         all_grads + table.column_out[entry] * layout.rows * layout.columns + x * layout.rows + (row - first) * Columns;
     for (int64_t ky = first; ky <= last; ++ky, weight += kernel_size, grads -= Columns) {
-      if constexpr (K > 0) {
+      if constexpr (K > 0 && reach + K + 1 < LENET_FAST_VECTOR_REGISTERS) {
         Vec<T> tap[K];
         unroll<K>([&](auto kx) __attribute__((always_inline)) { tap[kx] = splat(weight[kx]); });
         unroll<Columns>([&](auto i) __attribute__((always_inline)) {
           const Vec<T> grad = grads[i];
           unroll<K>([&](auto kx) __attribute__((always_inline)) { sum[i + kx] += tap[kx] * grad; });
+        });
+      } else if constexpr (K > 0) {
+        unroll<K>([&](auto kx) __attribute__((always_inline)) {
+          const Vec<T> tap = splat(weight[kx]);
+          unroll<Columns>([&](auto i) __attribute__((always_inline)) { sum[i + kx] += tap * grads[i]; });
         });
       } else {
         for (int64_t kx = 0; kx < kernel_size; ++kx) {
