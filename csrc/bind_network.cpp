@@ -394,25 +394,28 @@ int64_t network_define(const std::vector<int64_t>& numbers) { return definitions
 
 void network_release(int64_t id) { definitions().remove(id); }
 
-// A thread's memory for inference, prepared for one network and kept from call to call.
+// A thread's memory for inference, kept from call to call; a workspace from the allocator costs more than the work on
+// one image.
 class InferenceMemory {
  public:
+  // What the network's own prepare gave it, if nothing else has used it since.
   template <typename T>
   void* prepared(int64_t id, const NetworkKernels<T>& kernel, const Network<T>& network, const Images<T>& images) {
     const Key key{id, static_cast<int64_t>(sizeof(T)), images.are_bytes ? images.height : 0, images.width,
                   images.background};
-    if (memory_ == nullptr || key != key_) {
-      const size_t bytes = (kernel.thread_bytes(network.geometry, false) + 63) / 64 * 64;
-      if (bytes > static_cast<size_t>(kWorkspaceLimit)) {
-        fail("network: needs ", bytes >> 20, " MiB of workspace a thread, more than the ", kWorkspaceLimit >> 20,
-             " that the CPU kernels take");
-      }
-      memory_.reset();
-      memory_.reset(static_cast<char*>(::operator new[](bytes, std::align_val_t{64})));
-      kernel.prepare(network, images, false, memory_.get());
+    if (key != key_) {
+      key_ = {};
+      reserve(kernel.thread_bytes(network.geometry, false));
+      kernel.prepare(network, images, false, data_.get());
       key_ = key;
     }
-    return memory_.get();
+    return data_.get();
+  }
+
+  void* plain(size_t bytes) {
+    key_ = {};
+    reserve(bytes);
+    return data_.get();
   }
 
  private:
@@ -420,8 +423,23 @@ class InferenceMemory {
   struct Delete {
     void operator()(char* memory) const { ::operator delete[](memory, std::align_val_t{64}); }
   };
+
+  void reserve(size_t bytes) {
+    if (bytes > static_cast<size_t>(kWorkspaceLimit)) {
+      fail("network: needs ", bytes >> 20, " MiB of workspace a thread, more than the ", kWorkspaceLimit >> 20,
+           " that the CPU kernels take");
+    }
+    if (bytes > size_) {
+      size_ = 0;
+      data_.reset();
+      data_.reset(static_cast<char*>(::operator new[](bytes, std::align_val_t{64})));
+      size_ = bytes;
+    }
+  }
+
   Key key_{};
-  std::unique_ptr<char[], Delete> memory_;
+  size_t size_ = 0;
+  std::unique_ptr<char[], Delete> data_;
 };
 
 Tensor network_infer(int64_t id, const std::vector<Tensor>& parameters, const Tensor& images, double scale,
@@ -436,8 +454,14 @@ Tensor network_infer(int64_t id, const std::vector<Tensor>& parameters, const Te
     const int64_t threads = std::min<int64_t>(blocks, torch::stable::get_num_threads());
     const Tensor output = torch::stable::new_empty(parameters[0], {total, g.classes});
     auto* const values = static_cast<T*>(output.mutable_data_ptr());
+    if (!source.are_bytes && total > 0 && 4 * total < 3 * kernel.lanes) {  // most lanes of a block would be empty
+      static thread_local InferenceMemory memory;
+      kernel.infer_few(network, static_cast<const T*>(source.data), total, values,
+                       memory.plain(kernel.few_bytes(g, total)));
+      return output;
+    }
     const auto run = [&](int64_t begin, int64_t end) {
-      thread_local InferenceMemory memory;
+      static thread_local InferenceMemory memory;
       void* const own = memory.prepared<T>(id, kernel, network, source);
       for (int64_t thread = begin; thread < end; ++thread) {
         kernel.infer(network, source, kernel.lanes * (blocks * thread / threads),
