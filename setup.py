@@ -24,7 +24,7 @@ CXX_FLAGS = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "
 CXX_FLAGS += ["-Wno-psabi", "-Wno-unused-parameter"]  # vectors by value; PyTorch's own headers
 CXX_FLAGS += ["-g0"]  # torch asks for debug information: ten times the size
 CPU_VARIANTS = ["cpu/variant_portable.cpp", "cpu/variant_avx2.cpp", "cpu/variant_avx512.cpp"]
-CPU_SOURCES = ["bind_cpu.cpp", "bind_network.cpp", *CPU_VARIANTS]
+CPU_SOURCES = ["bind_cpu.cpp", "bind_network.cpp", "bind_training.cpp", *CPU_VARIANTS]
 
 
 CUDA_CHOICES = ("0", "1", "auto", "only")
@@ -79,7 +79,7 @@ def csrc(sources: list[str]) -> list[str]:
 def cuda_extension() -> CppExtension:
     return CppExtension(
         "lenet_fast._C_cuda",
-        csrc(["bind_cuda.cpp", "bind_network_cuda.cpp"]),
+        csrc(["bind_cuda.cpp", "bind_training_cuda.cpp"]),
         include_dirs=[str(cuda_toolkit.toolkit_root() / "include")],
         extra_compile_args={"cxx": [*CXX_FLAGS, STABLE_ABI_FLAG, "-DUSE_CUDA"]},
         extra_objects=[str(cuda_toolkit.find_cudart_static())],

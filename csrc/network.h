@@ -2,12 +2,15 @@
 // distances at the end. No torch, no pointers owned but by the connection tables' keeper.
 #pragma once
 
+#include <array>
+
 #include "geometry.h"
 
 namespace lenet_fast {
 
 inline constexpr int kMaxConvs = 4;
 inline constexpr int kMaxDenses = 4;
+inline constexpr int kMaxSlots = 4 * kMaxConvs + 2 * kMaxDenses;  // of parameters, see Network::slots
 
 // output = activation(weight input + bias), weight (out_features, in_features).
 struct DenseGeometry {
@@ -69,6 +72,23 @@ struct Network {
   ConvParameters<T> conv[kMaxConvs];
   DenseParameters<T> dense[kMaxDenses];
   const T* codes;  // (classes, in_features of the distances), null for scores
+
+  // Weight, bias, coefficient, subsample_bias of each convolution, then weight, bias of each dense layer.
+  std::array<Parameter<T>*, kMaxSlots> slots() {
+    std::array<Parameter<T>*, kMaxSlots> all{};
+    size_t next = 0;
+    for (int l = 0; l < geometry.num_convs; ++l) {
+      ConvParameters<T>& p = conv[l];
+      for (Parameter<T>* parameter : {&p.weight, &p.bias, &p.coefficient, &p.subsample_bias}) {
+        all[next++] = parameter;
+      }
+    }
+    for (int l = 0; l < geometry.num_denses; ++l) {
+      all[next++] = &dense[l].weight;
+      all[next++] = &dense[l].bias;
+    }
+    return all;
+  }
 };
 
 // Images (count, C, height, width), taken in `order` (null: as they lie). Bytes become scale * byte + background, in

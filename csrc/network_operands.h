@@ -104,6 +104,22 @@ class NetworkOperand {
     }
   }
 
+  // The checked parameters in their places.
+  template <typename T>
+  Network<T> network(const std::vector<Tensor>& parameters) const {
+    check(parameters);
+    Network<T> result{};
+    result.geometry = geometry_;
+    const auto slots = result.slots();
+    for_each_trained(parameters, [&](const Tensor& tensor, size_t slot, size_t) {
+      slots[slot]->value = static_cast<T*>(tensor.mutable_data_ptr());
+    });
+    if (geometry_.output == Output::distances) {
+      result.codes = static_cast<const T*>(parameters.back().const_data_ptr());
+    }
+    return result;
+  }
+
  private:
   static constexpr int64_t kLimit = int64_t{1} << 28;
 
@@ -170,5 +186,59 @@ class NetworkOperand {
   std::vector<ConnectionTable> tables_;
   std::vector<std::vector<int64_t>> shapes_;
 };
+
+inline void check_device(const char* name, const Tensor& tensor, const Tensor& like) {
+  if (tensor.is_cpu() != like.is_cpu() || tensor.get_device_index() != like.get_device_index()) {
+    fail(name, ": expected on the device of the parameters");
+  }
+}
+
+template <typename T>
+Images<T> images_of(const Tensor& images, const NetworkGeometry& g, const Tensor& like, double scale,
+                    double background) {
+  const ConvGeometry& first = g.conv[0];
+  Images<T> result{.data = images.const_data_ptr(),
+                   .are_bytes = images.scalar_type() == ScalarType::Byte,
+                   .height = first.height,
+                   .width = first.width,
+                   .scale = static_cast<T>(scale),
+                   .background = static_cast<T>(background),
+                   .order = nullptr};
+  check_device("images", images, like);
+  NetworkOperand::check_contiguous("images", images);
+  if (result.are_bytes) {
+    if (images.dim() != 3 || first.in_channels != 1) {
+      fail("images: expected uint8 (N, H, W) for one channel, got ", shape(images));
+    }
+    result.height = images.size(1), result.width = images.size(2);
+    for (const int64_t margin : {first.height - result.height, first.width - result.width}) {
+      if (margin < 0 || margin % 2 != 0) {
+        fail("images: height and width must be ", first.height, " x ", first.width,
+             " or smaller by even numbers, got shape ", shape(images));
+      }
+    }
+  } else {
+    check_like("images", images, like);
+    check_shape("images", images,
+                {images.dim() > 0 ? images.size(0) : 0, first.in_channels, first.height, first.width});
+  }
+  return result;
+}
+
+// Call f(T{}) with the parameters' type.
+template <typename F>
+auto with_parameter_type(const std::vector<Tensor>& parameters, F&& f) {
+  if (parameters.empty()) {
+    fail("parameters: expected at least one tensor");
+  }
+  switch (parameters[0].scalar_type()) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    default:
+      fail("parameters: expected dtype float32 or float64");
+  }
+}
 
 }  // namespace lenet_fast

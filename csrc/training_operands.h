@@ -1,59 +1,12 @@
-// The training operators' arguments beside the network: images, indices, optimizer settings; checked.
+// The operator that trains a network, over the kernels of one device: check everything, then run.
 #pragma once
 
 #include <array>
+#include <tuple>
 
 #include "network_operands.h"
 
 namespace lenet_fast {
-
-inline void check_device(const char* name, const Tensor& tensor, const Tensor& like) {
-  if (tensor.is_cpu() != like.is_cpu() || tensor.get_device_index() != like.get_device_index()) {
-    fail(name, ": expected on the device of the parameters");
-  }
-}
-
-template <typename T>
-Images<T> images_of(const Tensor& images, const NetworkGeometry& g, const Tensor& like, double scale,
-                    double background) {
-  const ConvGeometry& first = g.conv[0];
-  Images<T> result{.data = images.const_data_ptr(),
-                   .are_bytes = images.scalar_type() == ScalarType::Byte,
-                   .height = first.height,
-                   .width = first.width,
-                   .scale = static_cast<T>(scale),
-                   .background = static_cast<T>(background),
-                   .order = nullptr};
-  check_device("images", images, like);
-  NetworkOperand::check_contiguous("images", images);
-  if (result.are_bytes) {
-    if (images.dim() != 3 || first.in_channels != 1) {
-      fail("images: expected uint8 (N, H, W) for one channel, got ", shape(images));
-    }
-    result.height = images.size(1), result.width = images.size(2);
-    for (const int64_t margin : {first.height - result.height, first.width - result.width}) {
-      if (margin < 0 || margin % 2 != 0) {
-        fail("images: height and width must be ", first.height, " x ", first.width,
-             " or smaller by even numbers, got shape ", shape(images));
-      }
-    }
-  } else {
-    check_like("images", images, like);
-    check_shape("images", images,
-                {images.dim() > 0 ? images.size(0) : 0, first.in_channels, first.height, first.width});
-  }
-  return result;
-}
-
-// Labels or an order of images; the values are not looked at.
-inline const int64_t* indices_of(const char* name, const Tensor& tensor, const Tensor& like) {
-  check_device(name, tensor, like);
-  if (tensor.scalar_type() != ScalarType::Long || tensor.dim() != 1) {
-    fail(name, ": expected int64 (N,), got shape ", shape(tensor));
-  }
-  NetworkOperand::check_contiguous(name, tensor);
-  return static_cast<const int64_t*>(tensor.const_data_ptr());
-}
 
 struct OptimizerSettings {
   Optimizer optimizer;
@@ -78,5 +31,133 @@ struct OptimizerSettings {
 
   size_t num_moments() const { return optimizer == Optimizer::sgd ? (momentum != 0 ? 1 : 0) : 2; }
 };
+
+// The operator's arguments behind the network, as lenet_fast/ops.py declares them.
+struct TrainingArguments {
+  const std::vector<Tensor>&parameters, &first_moments, &second_moments, &step_counts;
+  const std::vector<int64_t>& trains;
+  const Tensor &images, &labels;
+  const std::optional<Tensor>& order;
+  int64_t batch_size;
+  double scale, background;
+  const Name& optimizer;
+  const std::vector<double>&settings, &learning_rates;
+  double j;
+};
+
+// The same, checked: all but the values of labels and order, which only a kernel may be able to read.
+template <typename T>
+struct Training {
+  struct Trained {
+    Parameter<T>* parameter;  // in `network`
+    size_t slot;
+    int64_t size;
+    float* count;  // steps taken, as PyTorch keeps them; null where the optimizer counts none
+    bool trains;
+  };
+
+  Network<T> network;  // values and moments
+  std::vector<Trained> trained;
+  OptimizerSettings settings;
+  Images<T> images;  // with their order
+  const int64_t* labels;
+  int64_t num_images, total, batch_size, steps;  // total: images in all steps together
+  T extra_score;                                 // -j
+  std::vector<double> learning_rates;            // one a step
+
+  Training(const NetworkOperand& operand, const TrainingArguments& a)
+      : network(operand.network<T>(a.parameters)),
+        settings(a.optimizer, a.settings),
+        images(images_of<T>(a.images, operand.geometry(), a.parameters[0], a.scale, a.background)),
+        labels(check_indices("labels", a.labels, a.parameters[0])),
+        num_images(a.images.size(0)),
+        total(num_images),
+        batch_size(a.batch_size),
+        extra_score(static_cast<T>(-a.j)),
+        learning_rates(a.learning_rates) {
+    const Tensor& like = a.parameters[0];
+    if (a.labels.numel() != num_images) {
+      fail("labels: expected one for each of the ", num_images, " images, got ", a.labels.numel());
+    }
+    if (a.order.has_value()) {
+      images.order = check_indices("order", *a.order, like);
+      total = a.order->numel();
+    }
+    if (batch_size < 1) {
+      fail("batch_size: expected at least 1, got ", batch_size);
+    }
+    steps = total / batch_size + (total % batch_size != 0 ? 1 : 0);
+    if (static_cast<int64_t>(learning_rates.size()) != steps) {
+      fail("learning_rates: expected one for each of the ", steps, " steps, got ", learning_rates.size());
+    }
+    add_state(operand, a, like);
+  }
+
+ private:
+  static const int64_t* check_indices(const char* name, const Tensor& tensor, const Tensor& like) {
+    check_device(name, tensor, like);
+    if (tensor.scalar_type() != ScalarType::Long || tensor.dim() != 1) {
+      fail(name, ": expected int64 (N,), got shape ", shape(tensor));
+    }
+    NetworkOperand::check_contiguous(name, tensor);
+    return static_cast<const int64_t*>(tensor.const_data_ptr());
+  }
+
+  void add_state(const NetworkOperand& operand, const TrainingArguments& a, const Tensor& like) {
+    const size_t number = operand.num_trained(), moments = settings.num_moments();
+    for (const auto& [name, tensors, needed] : {std::tuple("first_moments", &a.first_moments, moments >= 1),
+                                                std::tuple("second_moments", &a.second_moments, moments >= 2),
+                                                std::tuple("step_counts", &a.step_counts, moments >= 2)}) {
+      if (tensors->size() != (needed ? number : 0)) {
+        fail(name, ": expected ", needed ? number : 0, " tensors, got ", tensors->size());
+      }
+    }
+    if (a.trains.size() != number) {
+      fail("trains: expected ", number, " numbers, got ", a.trains.size());
+    }
+    const auto slots = network.slots();
+    operand.for_each_trained(a.parameters, [&](const Tensor& tensor, size_t slot, size_t index) {
+      Trained one{slots[slot], slot, tensor.numel(), nullptr, a.trains[index] != 0};
+      if (one.trains) {
+        const auto moment = [&](const char* name, const std::vector<Tensor>& tensors) -> T* {
+          if (tensors.empty()) {
+            return nullptr;
+          }
+          operand.check_tensor(name, tensors[index], slot, like);
+          return static_cast<T*>(tensors[index].mutable_data_ptr());
+        };
+        one.parameter->first = moment("first_moments", a.first_moments);
+        one.parameter->second = moment("second_moments", a.second_moments);
+      }
+      if (!a.step_counts.empty()) {
+        const Tensor& count = a.step_counts[index];
+        check_device("step_counts", count, like);
+        if (count.scalar_type() != ScalarType::Float || count.numel() != 1) {
+          fail("step_counts: expected float32 (), got shape ", shape(count));
+        }
+        one.count = static_cast<float*>(count.mutable_data_ptr());
+      }
+      trained.push_back(one);
+    });
+  }
+};
+
+// Backend: static std::tuple<Tensor, Tensor> train(operand, arguments), losses and numbers right.
+template <typename Backend>
+std::tuple<Tensor, Tensor> network_train(const std::vector<int64_t>& numbers, const std::vector<Tensor>& parameters,
+                                         const std::vector<Tensor>& first_moments,
+                                         const std::vector<Tensor>& second_moments,
+                                         const std::vector<Tensor>& step_counts, const std::vector<int64_t>& trains,
+                                         const Tensor& images, const Tensor& labels, const std::optional<Tensor>& order,
+                                         int64_t batch_size, double scale, double background, const Name& optimizer,
+                                         const std::vector<double>& settings, const std::vector<double>& learning_rates,
+                                         double j) {
+  if (parameters.empty()) {
+    fail("parameters: expected at least one tensor");
+  }
+  return Backend::train(NetworkOperand(numbers),
+                        {parameters, first_moments, second_moments, step_counts, trains, images, labels, order,
+                         batch_size, scale, background, optimizer, settings, learning_rates, j});
+}
 
 }  // namespace lenet_fast

@@ -41,9 +41,6 @@ struct DensePlan {
   float *inputs, *grad_outputs;  // (batch, features) of a whole step, in global memory
 };
 
-// Slots of parameters: weight, bias, coefficient, subsample_bias of each convolution, weight, bias of each dense layer.
-inline constexpr int kMaxSlots = 4 * kMaxConvs + 2 * kMaxDenses;
-
 struct SlotPlan {
   float *value, *first, *second;  // value null: absent
   float* count;                   // steps taken, null: not counted

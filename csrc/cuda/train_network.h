@@ -11,9 +11,9 @@
 namespace lenet_fast::cuda {
 
 struct TrainingRun {
-  Network<float> network;                         // values and moments; gradients unused
-  float* counts[4 * kMaxConvs + 2 * kMaxDenses];  // steps taken before, by slot; null where not counted
-  bool trained[4 * kMaxConvs + 2 * kMaxDenses];
+  Network<float> network;    // values and moments; gradients unused
+  float* counts[kMaxSlots];  // steps taken before, by slot; null where not counted
+  bool trained[kMaxSlots];
   Optimizer optimizer;
   bool nesterov;
   double momentum, weight_decay, beta1, beta2, epsilon;

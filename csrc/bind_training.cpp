@@ -1,0 +1,203 @@
+// Training of a whole network on the CPU: lay out one workspace, run the two phases of each step in PyTorch's thread
+// pool.
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/kernels.h"
+#include "training_operands.h"
+
+namespace lenet_fast::cpu {
+namespace {
+
+constexpr int64_t kChunk = 1024;  // images of a step between whose phases the dense layers' operands are kept
+constexpr int64_t kWorkspaceLimit = int64_t{4} << 30;  // rather an error than a machine out of memory
+
+// PyTorch's scalars of one parameter's next step, computed in double as PyTorch does; `step` counts from 1.
+template <typename T>
+Update<T> update_of(const OptimizerSettings& s, bool trains, double step, double lr) {
+  Update<T> u{};
+  u.optimizer = s.optimizer;
+  u.frozen = !trains;
+  u.nesterov = s.nesterov != 0;
+  const bool adaptive = s.optimizer != Optimizer::sgd;
+  u.rate = static_cast<T>(adaptive ? lr / (1 - std::pow(s.beta1, step)) : lr);
+  u.weight_decay = static_cast<T>(s.optimizer == Optimizer::adamw ? 0 : s.weight_decay);
+  u.shrink = static_cast<T>(1 - lr * s.weight_decay);
+  u.momentum = static_cast<T>(s.momentum);
+  u.beta2 = static_cast<T>(s.beta2);
+  u.one_minus_beta1 = static_cast<T>(1 - s.beta1);
+  u.one_minus_beta2 = static_cast<T>(1 - s.beta2);
+  u.correction = static_cast<T>(std::sqrt(1 - std::pow(s.beta2, step)));
+  u.epsilon = static_cast<T>(s.epsilon);
+  return u;
+}
+
+// Bytes laid out one after another, each part at a multiple of 64.
+class Arena {
+ public:
+  size_t take(int64_t bytes) {
+    const size_t at = size_;
+    size_ += static_cast<size_t>((bytes + 63) / 64 * 64);
+    return at;
+  }
+  size_t size() const { return size_; }
+
+ private:
+  size_t size_ = 0;
+};
+
+Tensor workspace(const Tensor& like, size_t bytes) {
+  if (bytes > static_cast<size_t>(kWorkspaceLimit)) {
+    fail("network: needs ", bytes >> 20, " MiB of workspace, more than the ", kWorkspaceLimit >> 20,
+         " that the CPU kernels take");
+  }
+  return torch::stable::new_empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+}
+
+void check_values(const char* name, const int64_t* values, int64_t number, int64_t end) {
+  for (int64_t i = 0; values != nullptr && i < number; ++i) {
+    if (values[i] < 0 || values[i] >= end) {
+      fail(name, ": expected 0 to ", end - 1, ", got ", values[i], " at ", i);
+    }
+  }
+}
+
+// A run's threads and memory.
+template <typename T>
+class TrainingRun {
+ public:
+  TrainingRun(Training<T>& training, const Tensor& like)
+      : t_(training), g_(training.network.geometry), kernel_(kernels().network<T>()) {
+    const int64_t chunk = std::min({t_.total, t_.batch_size, kChunk});
+    const int64_t blocks = blocks_of(chunk), padded = blocks * kernel_.lanes;
+    threads_ = std::max<int64_t>(1, std::min<int64_t>(blocks, torch::stable::get_num_threads()));
+    thread_stride_ = static_cast<int64_t>((kernel_.thread_bytes(g_, true) + 63) / 64 * 64);
+    Arena arena;
+    const size_t thread_memory = arena.take(threads_ * thread_stride_);
+    const size_t losses = arena.take(threads_ * int64_t{sizeof(double)});
+    const size_t correct = arena.take(threads_ * int64_t{sizeof(int64_t)});
+    std::vector<size_t> grads;
+    for (const auto& one : t_.trained) {
+      grads.push_back(arena.take(one.size * int64_t{sizeof(T)}));
+    }
+    std::array<std::array<size_t, 2>, kMaxDenses> sums{};
+    for (int l = 0; l < g_.num_denses; ++l) {
+      const int64_t row = (g_.dense[l].in_features + kernel_.lanes - 1) / kernel_.lanes * kernel_.lanes;
+      step_.dense_sums[l].grads_stride = padded;
+      step_.dense_sums[l].inputs_stride = row;
+      sums[l] = {arena.take(g_.dense[l].out_features * padded * int64_t{sizeof(T)}),
+                 arena.take(chunk * row * int64_t{sizeof(T)})};
+    }
+    memory_ = workspace(like, arena.size());
+    char* const memory = static_cast<char*>(memory_.mutable_data_ptr());
+    for (int l = 0; l < g_.num_denses; ++l) {
+      step_.dense_sums[l].grads = reinterpret_cast<T*>(memory + sums[l][0]);
+      step_.dense_sums[l].inputs = reinterpret_cast<T*>(memory + sums[l][1]);
+    }
+    for (size_t i = 0; i < grads.size(); ++i) {
+      t_.trained[i].parameter->grad = reinterpret_cast<T*>(memory + grads[i]);
+    }
+    step_.network = &t_.network;
+    step_.images = t_.images;
+    step_.labels = t_.labels;
+    step_.extra_score = t_.extra_score;
+    step_.thread_memory = memory + thread_memory;
+    step_.thread_stride = thread_stride_;
+    step_.threads = threads_;
+    step_.losses = reinterpret_cast<double*>(memory + losses);
+    step_.correct = reinterpret_cast<int64_t*>(memory + correct);
+    in_parallel([&](int64_t thread) {
+      kernel_.prepare(t_.network, t_.images, true, step_.thread_memory + thread * thread_stride_);
+    });
+  }
+
+  // Step `number`: its mean loss and the number of images right. Where the loss is not finite, nothing is updated.
+  std::tuple<double, int64_t> take(int64_t number) {
+    const int64_t first = number * t_.batch_size, batch = std::min(t_.batch_size, t_.total - first);
+    for (const auto& one : t_.trained) {
+      one.parameter->update = update_of<T>(t_.settings, one.trains, one.count != nullptr ? *one.count + 1 : 0,
+                                           t_.learning_rates[static_cast<size_t>(number)]);
+    }
+    std::fill(step_.losses, step_.losses + threads_, 0.0);
+    std::fill(step_.correct, step_.correct + threads_, int64_t{0});
+    step_.factor = static_cast<T>(1.0 / static_cast<double>(batch));
+    double loss = 0;
+    int64_t right = 0;
+    for (int64_t at = 0; at < batch && std::isfinite(loss); at += kChunk) {
+      step_.chunk_begin = first + at;
+      step_.chunk_size = std::min(kChunk, batch - at);
+      step_.first_chunk = at == 0;
+      step_.last_chunk = at + kChunk >= batch;
+      const int64_t blocks = blocks_of(step_.chunk_size);
+      in_parallel([&](int64_t thread) {
+        kernel_.train(step_, kernel_.lanes * (blocks * thread / threads_),
+                      std::min(step_.chunk_size, kernel_.lanes * (blocks * (thread + 1) / threads_)), thread);
+      });
+      loss = 0;
+      right = 0;
+      for (int64_t thread = 0; thread < threads_; ++thread) {
+        loss += step_.losses[thread];
+        right += step_.correct[thread];
+      }
+      if (std::isfinite(loss)) {
+        in_parallel([&](int64_t thread) { kernel_.update(step_, thread, threads_); });
+      }
+    }
+    for (const auto& one : t_.trained) {
+      if (one.count != nullptr && one.trains && std::isfinite(loss)) {
+        *one.count += 1;
+      }
+    }
+    return {loss / static_cast<double>(batch), right};
+  }
+
+ private:
+  int64_t blocks_of(int64_t images) const { return (images + kernel_.lanes - 1) / kernel_.lanes; }
+
+  template <typename F>
+  void in_parallel(const F& f) const {
+    torch::stable::parallel_for(0, threads_, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t thread = begin; thread < end; ++thread) {
+        f(thread);
+      }
+    });
+  }
+
+  Training<T>& t_;
+  const NetworkGeometry& g_;
+  const NetworkKernels<T>& kernel_;
+  int64_t threads_, thread_stride_;
+  Tensor memory_;
+  TrainingStep<T> step_{};
+};
+
+struct Backend {
+  static std::tuple<Tensor, Tensor> train(const NetworkOperand& operand, const TrainingArguments& arguments) {
+    return with_parameter_type(arguments.parameters, [&]<typename T>(T) {
+      Training<T> training(operand, arguments);
+      check_values("labels", training.labels, training.num_images, operand.geometry().classes);
+      check_values("order", training.images.order, training.total, training.num_images);
+      const Tensor& like = arguments.parameters[0];
+      Tensor losses = torch::stable::new_empty(like, {training.steps}, ScalarType::Double);
+      Tensor correct = torch::stable::new_empty(like, {training.steps}, ScalarType::Long);
+      auto* const loss_of = static_cast<double*>(losses.mutable_data_ptr());
+      auto* const correct_of = static_cast<int64_t*>(correct.mutable_data_ptr());
+      TrainingRun<T> run(training, like);
+      int64_t done = 0;
+      while (done < training.steps) {
+        std::tie(loss_of[done], correct_of[done]) = run.take(done);
+        if (!std::isfinite(loss_of[done++])) {
+          break;
+        }
+      }
+      return std::tuple(torch::stable::narrow(losses, 0, 0, done), torch::stable::narrow(correct, 0, 0, done));
+    });
+  }
+};
+
+STABLE_TORCH_LIBRARY_IMPL(lenet_fast, CPU, library) {
+  library.impl("network_train", TORCH_BOX(&network_train<Backend>));
+}
+
+}  // namespace
+}  // namespace lenet_fast::cpu
