@@ -1,6 +1,7 @@
 """Which kernels this installation has: loads the compiled libraries and keeps the reason for each one missing."""
 
 import importlib.util
+import os
 import warnings
 from functools import cache
 from pathlib import Path
@@ -35,16 +36,38 @@ def why_unavailable(backend: str, device_type: str) -> str | None:
     if backend == "native":
         return missing_native().get(device_type, f"there are no native kernels for device type {device_type!r}")
     if backend == "triton":
-        return "the Triton kernels are not part of this version"
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
+        if device_type != "cuda" and not (device_type == "cpu" and triton_is_interpreted()):
+            return (
+                f"Triton kernels run on CUDA tensors, not on {device_type!r} ones; on the CPU there is only Triton's "
+                "interpreter, for tests, with TRITON_INTERPRET=1 in the environment"
+            )
     return None
 
 
+def triton_is_interpreted() -> bool:
+    """Triton runs kernels in Python, on tensors of any device: for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def serving(device_type: str) -> str:
+    """What runs the operators on tensors of `device_type`, and why nothing faster does."""
+    if (native := why_unavailable("native", device_type)) is None:
+        return "native"
+    if device_type != "cuda":
+        return f"plain PyTorch ({native})"
+    if (triton := why_unavailable("triton", device_type)) is None:
+        return f"Triton ({native})"
+    return f"plain PyTorch ({native}; {triton})"
+
+
 @cache
-def warn_reference(device_type: str) -> None:
-    """Say once per device type that operators run through plain PyTorch there."""
+def warn_fallback(device_type: str) -> None:
+    """Say once per device type that the operators there do not run through compiled kernels."""
     warnings.warn(
-        f"lenet_fast: operators on {device_type!r} tensors run through plain PyTorch, without fused kernels: "
-        f"{why_unavailable('native', device_type)}. `lenet-fast env` shows what is installed.",
+        f"lenet_fast: operators on {device_type!r} tensors run through {serving(device_type)}. "
+        "`lenet-fast env` shows what is installed.",
         RuntimeWarning,
         stacklevel=2,
     )

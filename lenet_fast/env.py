@@ -20,7 +20,7 @@ def facts() -> dict[str, str]:
         "platform": f"{platform.system()} {platform.machine()}",
         "PyTorch": f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}",
         "threads": str(torch.get_num_threads()),
-        **{f"kernels on {device}": _kernels(device) for device in ("cpu", "cuda")},
+        **{f"kernels on {device}": backends.serving(device) for device in ("cpu", "cuda")},
         **_build_facts(),
         **{name: _package_version(name) for name in _OPTIONAL_PACKAGES},
     }
@@ -31,12 +31,6 @@ def report() -> str:
     rows = facts()
     width = max(map(len, rows))
     return "\n".join(f"{label:<{width}}  {value}" for label, value in rows.items())
-
-
-def _kernels(device_type: str) -> str:
-    if (reason := backends.why_unavailable("native", device_type)) is None:
-        return "native"
-    return f"plain PyTorch ({reason})"
 
 
 def _build_facts() -> dict[str, str]:

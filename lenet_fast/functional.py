@@ -1,6 +1,6 @@
 """The operators as plain functions: they check the arguments, pick the back end and call the operator."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,8 @@ def conv_act_pool(
         activation: "identity", "relu", "sigmoid", "tanh" or "scaled_tanh" (1.7159 tanh(2x/3), LeCun et al. 1998,
             appendix A).
         pool: "avg", "max" (2x2, stride 2; a last odd row or column is dropped) or "none".
-        backend: "auto", "native", "triton" or "reference" (plain PyTorch).
+        backend: "auto" (the compiled kernels, else Triton's on CUDA, else plain PyTorch), "native" (compiled),
+            "triton" or "reference" (plain PyTorch).
 
     Returns:
         (N, C_out, H_out, W_out) or (C_out, H_out, W_out), in the dtype of `input`; under autocast in its dtype.
@@ -56,8 +57,7 @@ def conv_act_pool(
         product = F.linear(batched.flatten(1), weight.flatten(1), bias)
         output = reference.ACTIVATIONS[activation](product)[..., None, None]
     else:
-        run = reference.conv_act_pool if backend == "reference" else ops.conv_act_pool
-        output = run(batched, weight, bias, padding, activation, pool)
+        output = _operator("conv_act_pool", backend)(batched, weight, bias, padding, activation, pool)
     return output if input.dim() == 4 else output.squeeze(0)
 
 
@@ -96,8 +96,7 @@ def sparse_conv_act_pool(
     _check_weight(weight, connections)
     _check_maps("bias", bias, connections.out_channels)
     batched, padding = _prepare_input(input, connections.in_channels, padding, weight.shape[-1], pool)
-    backend = _resolve_backend(backend, input)
-    run = reference.sparse_conv_act_pool if backend == "reference" else ops.sparse_conv_act_pool
+    run = _operator("sparse_conv_act_pool", _resolve_backend(backend, input))
     output = run(batched, weight, bias, connections.indices, connections.out_channels, padding, activation, pool)
     return output if input.dim() == 4 else output.squeeze(0)
 
@@ -140,18 +139,50 @@ def conv_subsample(
     for name, tensor in (("bias", bias), ("coefficient", coefficient), ("pool_bias", pool_bias)):
         _check_maps(name, tensor, out_channels)
     batched, padding = _prepare_input(input, in_channels, padding, weight.shape[-1], "avg")
-    run = reference.conv_subsample if _resolve_backend(backend, input) == "reference" else ops.conv_subsample
+    run = _operator("conv_subsample", _resolve_backend(backend, input))
     indices = None if connections is None else connections.indices
     output = run(batched, weight, bias, coefficient, pool_bias, indices, padding, activation)
     return output if input.dim() == 4 else output.squeeze(0)
 
 
-def rbf(input: Tensor, codes: Tensor) -> Tensor:
+def linear_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "sigmoid",
+    backend: str = "auto",
+) -> Tensor:
+    """A dense layer and its activation: ``act(F.linear(input, weight, bias))``.
+
+    Args:
+        input: (N, D) or (D,), floating.
+        weight: (O, D), dtype and device of `input`.
+        bias: (O,) or None.
+        activation: as in `conv_act_pool`.
+        backend: "auto" and "reference" are plain PyTorch, "triton" is one kernel (on a GPU not measured yet).
+
+    Returns:
+        (N, O) or (O,), in the dtype of `input`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `conv_act_pool`.
+    """
+    _check_tensors(input=input, weight=weight, bias=bias)
+    check_choice("activation", activation, reference.ACTIVATIONS)
+    batched = _prepare_features(input, weight, "weight")
+    _check_maps("bias", bias, weight.shape[0])
+    output = _dense_operator("linear_act", backend, input)(batched, weight, bias, activation)
+    return output if input.dim() == 2 else output.squeeze(0)
+
+
+def rbf(input: Tensor, codes: Tensor, *, backend: str = "auto") -> Tensor:
     """Squared Euclidean distances: LeCun et al. (1998), equation (7), the output layer of LeNet-5.
 
     Args:
         input: (N, D) or (D,), floating.
         codes: (C, D), the code of each class; dtype and device of `input`.
+        backend: "auto" and "reference" are plain PyTorch, "triton" is one kernel (on a GPU not measured yet).
 
     Returns:
         (N, C) or (C,), in the dtype of `input`.
@@ -159,11 +190,12 @@ def rbf(input: Tensor, codes: Tensor) -> Tensor:
     Raises:
         ValueError: shapes that do not fit.
         TypeError: a dtype that is not floating, or not the same.
+        RuntimeError: `backend` names one that cannot run here, with the reason.
     """
     _check_tensors(input=input, codes=codes)
-    if input.dim() not in (1, 2) or codes.dim() != 2 or input.shape[-1] != codes.shape[1]:
-        raise ValueError(f"codes: expected (C, D) for an input (N, D), got {_shape(codes)} for {_shape(input)}")
-    return (input.unsqueeze(-2) - codes).square().sum(-1)  # expanding the square would cancel
+    batched = _prepare_features(input, codes, "codes")
+    output = _dense_operator("rbf", backend, input)(batched, codes)
+    return output if input.dim() == 2 else output.squeeze(0)
 
 
 def map_loss(distances: Tensor, target: Tensor, *, j: float) -> Tensor:
@@ -291,3 +323,23 @@ def _resolve_backend(backend: str, input: Tensor) -> str:
     if backend != "auto" and (reason := backends.why_unavailable(backend, input.device.type)) is not None:
         raise RuntimeError(f"backend: {backend!r} cannot run here: {reason}")
     return backend
+
+
+def _operator(name: str, backend: str) -> Callable[..., Tensor]:
+    if backend == "reference":
+        return getattr(reference, name)
+    return (ops.triton if backend == "triton" else ops.dispatched)[name]
+
+
+def _prepare_features(input: Tensor, rows: Tensor, name: str) -> Tensor:
+    """The input of a dense layer with a batch dimension."""
+    if input.dim() not in (1, 2) or rows.dim() != 2 or input.shape[-1] != rows.shape[1]:
+        raise ValueError(f"{name}: expected (rows, D) for an input (N, D), got {_shape(rows)} for {_shape(input)}")
+    return input if input.dim() == 2 else input.unsqueeze(0)
+
+
+def _dense_operator(name: str, backend: str, input: Tensor) -> Callable[..., Tensor]:
+    check_choice("backend", backend, ("auto", "triton", "reference"))
+    if _resolve_backend(backend, input) == "triton":
+        return ops.triton[name]
+    return getattr(reference, name)

@@ -281,6 +281,8 @@ class RBF(nn.Module):
         in_features: D, the length of a code.
         num_classes: C.
         codes: (C, D); None takes `tables.DIGIT_BITMAPS` for 84 features and 10 classes, random +-1 otherwise.
+
+    `backend` ("auto") may be set on a layer; see `functional.rbf`.
     """
 
     codes: Tensor
@@ -301,6 +303,7 @@ class RBF(nn.Module):
             codes = DIGIT_BITMAPS
         self.in_features = in_features
         self.num_classes = num_classes
+        self.backend = "auto"
         self.register_buffer("codes", torch.empty(shape, device=device, dtype=dtype))
         if codes is None:
             self.codes.bernoulli_().mul_(2).sub_(1)
@@ -309,7 +312,7 @@ class RBF(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, in_features) to distances (N, num_classes); the class is the smallest."""
-        return functional.rbf(input, self.codes)
+        return functional.rbf(input, self.codes, backend=self.backend)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.num_classes}"

@@ -6,6 +6,9 @@ tangent. The same Function serves direct calls and the dispatcher's autograd key
 
 Every operator has its gradients as a second operator, `<name>_backward`, whose own derivative is that of the plain
 PyTorch definition: double backward is right at any order.
+
+`torch.ops.lenet_fast.<name>` runs the best kernels of the tensors' device: compiled ones where their library is there,
+else Triton's on CUDA, else the plain definition. `<name>_triton` is the same operator on the Triton kernels alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # as torch.compiler.disable, but imports Dynamo (and Triton) when called
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from . import backends, reference
 
@@ -43,8 +48,10 @@ class DifferentiableOperator:
         tensors: names of the tensor arguments.
         options: the other arguments as the schema declares them, e.g. "int padding, str pool".
         fake: output without data from the same arguments.
-        general: the arguments rearranged for the native kernels' general convolution, `_conv_recording`.
+        general: the arguments rearranged for the native kernels' general convolution, `_conv_recording`, if it has one.
     """
+
+    suffix = ""
 
     def __init__(
         self,
@@ -52,9 +59,10 @@ class DifferentiableOperator:
         tensors: Sequence[str],
         options: str,
         fake: Callable[..., Tensor],
-        general: Callable[..., tuple],
+        general: Callable[..., tuple] | None = None,
     ) -> None:
-        self.name = name
+        self.name = name + self.suffix
+        self.kernel = name
         self.general = general
         self.num_tensors = len(tensors)
         self.definition: Callable[..., Tensor] = getattr(reference, name)
@@ -65,14 +73,13 @@ class DifferentiableOperator:
         declared = [f"Tensor{'?' * t.endswith('?')} {t.removesuffix('?')}" for t in tensors]
         needs = [f"bool need_{t.removesuffix('?')}" for t in tensors]
         results = ", ".join(["Tensor"] * len(tensors))
-        schema = f"{name}({', '.join([*declared, options])}) -> Tensor"
-        backward_schema = (
-            f"{name}_backward({', '.join(['Tensor grad_output', *declared, options, *needs])}) -> ({results})"
-        )
-        self._declare(schema, self.function, self.definition, fake)
-        self._declare(backward_schema, self.backward_function, self._gradients, self._fake_gradients)
+        declared += [options] * bool(options)
+        schema = f"({', '.join(declared)}) -> Tensor"
+        backward_schema = f"({', '.join(['Tensor grad_output', *declared, *needs])}) -> ({results})"
+        self._declare("", schema, self.function, self.definition, fake)
+        self._declare("_backward", backward_schema, self.backward_function, self._gradients, self._fake_gradients)
         for device_type, key in _AUTOCAST_KEYS.items():
-            _library.impl(name, torch.compiler.disable(self._under_autocast(device_type, key)), key)
+            _library.impl(self.name, _disable_dynamo(self._under_autocast(device_type, key)), key)
 
     def __call__(self, *args: Any) -> Tensor:
         """Run on checked arguments: as one node of the graph when compiling, else straight into the Function."""
@@ -88,7 +95,8 @@ class DifferentiableOperator:
     def _records(self, args: tuple) -> bool:
         """Whether forward should keep what spares backward a second forward: the native CPU kernels can."""
         return (
-            args[0].device.type == "cpu"
+            self.general is not None
+            and args[0].device.type == "cpu"
             and torch.is_grad_enabled()
             and any(t is not None and t.requires_grad for t in args[: self.num_tensors])
             and not torch._C._are_functorch_transforms_active()
@@ -108,19 +116,21 @@ class DifferentiableOperator:
 
         return run
 
-    @staticmethod
-    def _declare(schema: str, function: type[_Function], fallback: Callable[..., Any], fake: Callable) -> None:
-        name = schema.partition("(")[0]
-
-        def run_fallback(first: Tensor, *args: Any) -> Any:
-            backends.warn_reference(first.device.type)
-            return fallback(first, *args)
+    def _declare(
+        self,
+        direction: str,
+        schema: str,
+        function: type[_Function],
+        fallback: Callable[..., Any],
+        fake: Callable,
+    ) -> None:
+        name = self.name + direction
 
         def run_autograd(*args: Any) -> Any:
             if torch._C._are_functorch_transforms_active():
                 raise RuntimeError(
                     f"torch.ops.lenet_fast.{name} is the raw operator: under torch.func, call "
-                    f"lenet_fast.functional.{name.removesuffix('_backward')} instead"
+                    f"lenet_fast.functional.{self.kernel} instead"
                 )
             return function.apply(*args)
 
@@ -132,11 +142,30 @@ class DifferentiableOperator:
                 )
             return fake(*args)
 
-        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         # Dynamo must not trace into a kernel that a compiled graph calls.
-        _library.impl(name, torch.compiler.disable(run_fallback), "CompositeExplicitAutograd")
-        _library.impl(name, torch.compiler.disable(run_autograd), "Autograd")
+        _library.impl(name, _disable_dynamo(run_autograd), "Autograd")
         torch.library.register_fake(f"{_NAMESPACE}::{name}", run_fake, lib=_library)
+        self._implement(name, self.kernel + direction, fallback)
+
+    def _implement(self, name: str, kernel: str, fallback: Callable[..., Any]) -> None:
+        """Register what runs where no compiled library has kernels."""
+
+        def run_fallback(first: Tensor, *args: Any) -> Any:
+            backends.warn_fallback(first.device.type)
+            return fallback(first, *args)
+
+        _library.impl(name, _disable_dynamo(run_fallback), "CompositeExplicitAutograd")
+
+    def run_triton_on_cuda(self) -> None:
+        """Register the Triton kernels as the operator's on CUDA."""
+        for direction in ("", "_backward"):
+
+            def run(first: Tensor, *args: Any, kernel: str = self.kernel + direction) -> Any:
+                backends.warn_fallback(first.device.type)
+                return _run_triton(kernel, first, *args)
+
+            _library.impl(self.name + direction, _disable_dynamo(run), "CUDA")
 
     # --- autograd ----------------------------------------------------------------------------------------------------
 
@@ -274,6 +303,36 @@ class DifferentiableOperator:
         return cast_and_call
 
 
+class TritonOperator(DifferentiableOperator):
+    """`name` as `<name>_triton`: on the Triton kernels, whatever else is there; compiled graphs see these kernels.
+
+    As torch.library.triton_op has it, which however takes the autograd key for itself.
+    """
+
+    suffix = "_triton"
+
+    def _implement(self, name: str, kernel: str, fallback: Callable[..., Any]) -> None:
+        def run(*args: Any) -> Any:
+            return _run_triton(kernel, *args)
+
+        def decompose(mode: FunctionalTensorMode, operator: Any, types: tuple, args: tuple, kwargs: Any = None) -> Any:
+            # An exported program keeps the operator; a graph cannot hold what Triton's interpreter runs.
+            if torch.compiler.is_exporting() or backends.triton_is_interpreted():
+                return mode.__torch_dispatch__(operator, types, args, kwargs or {})
+            with mode:
+                return run(*args)
+
+        _library.impl(name, _disable_dynamo(run), "CompositeExplicitAutograd")
+        torch.library.register_torch_dispatch(f"{_NAMESPACE}::{name}", FunctionalTensorMode, decompose, lib=_library)
+
+
+def _run_triton(kernel: str, *args: Any) -> Any:
+    from . import triton_conv, triton_dense  # imports Triton
+
+    module = triton_conv if hasattr(triton_conv, kernel) else triton_dense
+    return getattr(module, kernel)(*args)
+
+
 def _batched(args: tuple, in_dims: tuple) -> list[int]:
     """Which arguments vmap maps over; an option's dimension is None, or a structure of None."""
     return [
@@ -355,29 +414,42 @@ def _fake_conv_subsample(
     return input.new_empty((input.shape[0], coefficient.shape[0], height, width))
 
 
-conv_act_pool = DifferentiableOperator(
-    "conv_act_pool",
-    ("input", "weight", "bias?"),
-    "int padding, str activation, str pool",
-    _fake_conv_act_pool,
-    lambda input, weight, bias, *options: (input, weight, bias, None, None, None, -1, *options),
-)
-sparse_conv_act_pool = DifferentiableOperator(
-    "sparse_conv_act_pool",
-    ("input", "weight", "bias?"),
-    "int[] connections, int out_channels, int padding, str activation, str pool",
-    _fake_sparse_conv_act_pool,
-    lambda input, weight, bias, *options: (input, weight, bias, None, None, *options),
-)
-conv_subsample = DifferentiableOperator(
-    "conv_subsample",
-    ("input", "weight", "bias?", "coefficient", "pool_bias"),
-    "int[]? connections, int padding, str activation",
-    _fake_conv_subsample,
-    lambda input, weight, bias, coefficient, pool_bias, connections, *options: (
-        *(input, weight, bias, coefficient, pool_bias, connections, coefficient.shape[0], *options, "none"),
+def _fake_linear_act(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    return input.new_empty((input.shape[0], weight.shape[0]))
+
+
+def _fake_rbf(input: Tensor, codes: Tensor) -> Tensor:
+    return input.new_empty((input.shape[0], codes.shape[0]))
+
+
+_CONVOLUTIONS = {
+    "conv_act_pool": (
+        ("input", "weight", "bias?"),
+        "int padding, str activation, str pool",
+        _fake_conv_act_pool,
+        lambda input, weight, bias, *options: (input, weight, bias, None, None, None, -1, *options),
     ),
-)
+    "sparse_conv_act_pool": (
+        ("input", "weight", "bias?"),
+        "int[] connections, int out_channels, int padding, str activation, str pool",
+        _fake_sparse_conv_act_pool,
+        lambda input, weight, bias, *options: (input, weight, bias, None, None, *options),
+    ),
+    "conv_subsample": (
+        ("input", "weight", "bias?", "coefficient", "pool_bias"),
+        "int[]? connections, int padding, str activation",
+        _fake_conv_subsample,
+        lambda input, weight, bias, coefficient, pool_bias, connections, *options: (
+            *(input, weight, bias, coefficient, pool_bias, connections, coefficient.shape[0], *options, "none"),
+        ),
+    ),
+}
+_DENSE = {  # on the Triton kernels only
+    "linear_act": (("input", "weight", "bias?"), "str activation", _fake_linear_act),
+    "rbf": (("input", "codes"), "", _fake_rbf),
+}
+dispatched = {name: DifferentiableOperator(name, *declaration) for name, declaration in _CONVOLUTIONS.items()}
+triton = {name: TritonOperator(name, *declaration[:3]) for name, declaration in (_CONVOLUTIONS | _DENSE).items()}
 
 # Whole networks, see csrc/network_operands.h. `network_train` takes steps of training in place and returns of each the
 # mean loss (float64) and the number of images right; one whose loss is not finite is the last, and is not taken.
@@ -394,4 +466,7 @@ for _schema in (
     _library.define(_schema)
     _library.impl(_schema.partition("(")[0], torch.library.fallthrough_kernel, "Autograd")
 
-backends.missing_native()  # registers the compiled kernels on the operators declared above
+# Loads the compiled kernels, which register themselves on the operators declared above.
+if backends.missing_native()["cuda"] is not None and backends.why_unavailable("triton", "cuda") is None:
+    for _operator in dispatched.values():
+        _operator.run_triton_on_cuda()

@@ -73,3 +73,13 @@ def conv_subsample(
         weight = dense_weight(weight, connections, coefficient.shape[0], input.shape[1])
     sums = 4 * F.avg_pool2d(act(F.conv2d(input, weight, bias, padding=padding)), 2)
     return act(coefficient.view(-1, 1, 1) * sums + pool_bias.view(-1, 1, 1))
+
+
+def linear_act(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """activation(linear(input, weight, bias)), input (N, D), weight (O, D)."""
+    return ACTIVATIONS[activation](F.linear(input, weight, bias))
+
+
+def rbf(input: Tensor, codes: Tensor) -> Tensor:
+    """Squared distances (N, C) of input (N, D) to codes (C, D): LeCun et al. (1998), equation (7)."""
+    return (input.unsqueeze(-2) - codes).square().sum(-1)  # expanding the square would cancel

@@ -141,8 +141,8 @@ def compile_kernels(source: Path, architecture: str) -> list[Resources]:
             assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
             ptx = next(Path(folder).glob("*.ptx")).read_text()
             CACHE.mkdir(parents=True, exist_ok=True)
-            _write(cached, _parse(done.stdout + done.stderr, ptx, architecture))
-    return _read(cached)
+            write_rows(cached, _parse(done.stdout + done.stderr, ptx, architecture))
+    return read_rows(cached)
 
 
 def compile_all(sources: Iterable[Path] = SOURCES) -> list[Resources]:
@@ -152,14 +152,14 @@ def compile_all(sources: Iterable[Path] = SOURCES) -> list[Resources]:
     return sorted({resources for kernels in compiled for resources in kernels})  # several files may have the same
 
 
-def _read(path: Path) -> list[Resources]:
+def read_rows(path: Path) -> list[Resources]:
     with path.open(newline="") as file:
         rows = list(csv.reader(file))
     assert rows[0] == [field.name for field in fields(Resources)], path
     return [Resources(row[0], row[1], *map(int, row[2:])) for row in rows[1:]]
 
 
-def _write(path: Path, kernels: list[Resources]) -> None:
+def write_rows(path: Path, kernels: list[Resources]) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(field.name for field in fields(Resources))
@@ -188,7 +188,7 @@ def compare(kernels: list[Resources], table: list[Resources]) -> list[str]:
 
 
 def read_table() -> list[Resources]:
-    return _read(TABLE)
+    return read_rows(TABLE)
 
 
 def main(arguments: list[str]) -> int:
@@ -204,7 +204,7 @@ def main(arguments: list[str]) -> int:
     kernels = compile_all()
     problems = [problem for resources in kernels for problem in resources.problems()]
     if arguments and not problems:
-        _write(TABLE, kernels)
+        write_rows(TABLE, kernels)
         print(f"{TABLE.name}: {len(kernels)} rows")
     else:
         problems += compare(kernels, read_table())

@@ -3,6 +3,7 @@
 Every test that takes a case runs on dense, sparse and subsampling convolutions alike.
 """
 
+import os
 from dataclasses import dataclass, replace
 
 import pytest
@@ -11,13 +12,16 @@ import torch
 from lenet_fast import backends, functional, reference
 from lenet_fast.tables import LENET5_C3, Connections
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # tests/test_triton.py runs other tests so
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 POOLS = tuple(reference.POOLS)
 
 
 def implementations() -> list:
     """(device type, backend) pairs to test; those that this machine lacks are skipped with the reason."""
-    pairs = [("cpu", "native"), ("cpu", "reference"), ("cuda", "native")]
+    pairs = [("cpu", "native"), ("cpu", "reference"), ("cuda", "native"), ("cuda", "triton")]
+    if INTERPRETED:
+        pairs = [("cpu", "triton")]
     parameters = []
     for device, backend in pairs:
         reason = backends.why_unavailable(backend, device)
@@ -112,6 +116,13 @@ def random_table(out_channels, in_channels, seed=0) -> Connections:
 
 LENET_C1 = Case(20, 1, 28, 28, 6, 5, 2)
 LENET_C3 = Case(18, 6, 14, 14, 16, 5)
+K7 = Case(17, 1, 12, 15, 2, 7, 3, bias=False)
+K11 = Case(3, 2, 13, 10, 3, 11, 5)
+if INTERPRETED:  # which takes a tenth of a millisecond for every operation of a kernel
+    LENET_C1 = Case(3, 1, 10, 10, 6, 5, 2)
+    LENET_C3 = Case(3, 6, 8, 8, 16, 3)
+    K7 = Case(3, 1, 8, 9, 2, 7, 3, bias=False)
+    K11 = Case(2, 1, 9, 9, 2, 9, 4)
 SPARSE_C3 = replace(LENET_C3, table=Connections.of(LENET5_C3))
 LENET_1998_C3 = replace(SPARSE_C3, subsample=True)
 ODD = Case(16, 2, 9, 11, 3, 3, 1)  # odd sides: pooling drops a row and a column
@@ -123,8 +134,8 @@ CASES = [
     ODD,
     replace(ODD, table=random_table(3, 2)),
     replace(ODD, subsample=True),
-    Case(17, 1, 12, 15, 2, 7, 3, bias=False),
-    Case(3, 2, 13, 10, 3, 11, 5),
+    K7,
+    K11,
     Case(3, 4, 13, 10, 5, 6, 3, table=random_table(5, 4), bias=False),
     Case(33, 4, 6, 7, 5, 1),
     Case(2, 3, 7, 8, 4, 2, subsample=True, bias=False),

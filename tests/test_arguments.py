@@ -1,5 +1,7 @@
 """Bad arguments: each is refused with an error that names the argument and the value, and nothing crashes."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -64,12 +66,29 @@ RAW_BAD = {
 }
 
 
+raw_operator = pytest.mark.parametrize(
+    "suffix",
+    [
+        pytest.param("", id="dispatched"),
+        pytest.param(
+            "_triton",
+            marks=pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed"),
+        ),
+    ],
+)
+
+
+def raw(name):
+    return getattr(torch.ops.lenet_fast, name)
+
+
+@raw_operator
 @pytest.mark.parametrize("arguments", RAW_BAD.values(), ids=RAW_BAD)
-def test_raw_operators_refuse(arguments):
+def test_raw_operators_refuse(arguments, suffix):
     with pytest.raises(RuntimeError):
-        torch.ops.lenet_fast.conv_act_pool(*arguments)
+        raw(f"conv_act_pool{suffix}")(*arguments)
     with pytest.raises(RuntimeError):
-        torch.ops.lenet_fast.conv_act_pool_backward(torch.zeros(2, 4, 3, 3), *arguments, True, True, True)
+        raw(f"conv_act_pool{suffix}_backward")(torch.zeros(2, 4, 3, 3), *arguments, True, True, True)
 
 
 def test_images_too_large_for_the_workspace_is_refused():
@@ -78,30 +97,35 @@ def test_images_too_large_for_the_workspace_is_refused():
         functional.conv_act_pool(images, W, backend="native")
 
 
+@raw_operator
 @pytest.mark.parametrize("out_channels", [-7, -1, 0, 1, 3])
-def test_raw_sparse_operator_refuses_a_wrong_number_of_output_channels(out_channels):
+def test_raw_sparse_operator_refuses_a_wrong_number_of_output_channels(out_channels, suffix):
     for weight in (W, W.flatten(0, 1)):
         with pytest.raises(RuntimeError):
-            torch.ops.lenet_fast.sparse_conv_act_pool(X, weight, B, range(12), out_channels, 0, "relu", "avg")
+            raw(f"sparse_conv_act_pool{suffix}")(X, weight, B, range(12), out_channels, 0, "relu", "avg")
 
 
+@raw_operator
 @pytest.mark.parametrize("indices", [(0, 0), (3, 1), (-1, 2), (2, 12)])
-def test_raw_sparse_operator_refuses_wrong_connections(indices):
+def test_raw_sparse_operator_refuses_wrong_connections(indices, suffix):
     with pytest.raises(RuntimeError, match="connections: "):
-        torch.ops.lenet_fast.sparse_conv_act_pool(X, W.flatten(0, 1)[:2], B, indices, 4, 0, "relu", "avg")
+        raw(f"sparse_conv_act_pool{suffix}")(X, W.flatten(0, 1)[:2], B, indices, 4, 0, "relu", "avg")
 
 
+@raw_operator
 @pytest.mark.parametrize("meta", range(3))
-def test_raw_operator_refuses_a_meta_tensor_among_real_ones(meta):
+def test_raw_operator_refuses_a_meta_tensor_among_real_ones(meta, suffix):
     tensors = [t.to("meta") if i == meta else t for i, t in enumerate((X, W, B))]
     with pytest.raises(RuntimeError, match="device"):
-        torch.ops.lenet_fast.conv_act_pool(*tensors, 0, "relu", "avg")
+        raw(f"conv_act_pool{suffix}")(*tensors, 0, "relu", "avg")
 
 
+@raw_operator
 @pytest.mark.parametrize("shape", [(2, 4, 3, 2), (1, 4, 3, 3), (2, 4, 9)])
-def test_raw_backward_refuses_a_wrong_gradient(shape):
+def test_raw_backward_refuses_a_wrong_gradient(shape, suffix):
+    options = (0, "relu", "avg", True, True, True)
     with pytest.raises(RuntimeError, match="grad_output"):
-        torch.ops.lenet_fast.conv_act_pool_backward(torch.zeros(shape), X, W, B, 0, "relu", "avg", True, True, True)
+        raw(f"conv_act_pool{suffix}_backward")(torch.zeros(shape), X, W, B, *options)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from operators import (
     ACTIVATIONS,
     CASES,
+    K7,
+    K11,
     LENET_1998_C3,
     LENET_C1,
     LENET_C3,
@@ -67,7 +69,7 @@ def test_float64(case, activation, pool, implementation):
 
 
 @implementation
-@pytest.mark.parametrize("case", [LENET_C1, LENET_C3, SPARSE_C3, LENET_1998_C3, ODD, CASES[7], CASES[8]], ids=str)
+@pytest.mark.parametrize("case", [LENET_C1, LENET_C3, SPARSE_C3, LENET_1998_C3, ODD, K7, K11], ids=str)
 @pytest.mark.parametrize(("activation", "pool"), [("sigmoid", "avg"), ("relu", "max"), ("scaled_tanh", "none")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_shorter_dtypes(case, activation, pool, dtype, implementation):

@@ -1,0 +1,263 @@
+"""The Triton kernels without a GPU: other tests' checks under Triton's interpreter, registration, traced graphs.
+
+Triton reads TRITON_INTERPRET when it is imported, so that whatever is interpreted runs in a process of its own.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from operators import INTERPRETED, LENET_C1, SMALL_CASES, SPARSE_C3, Case, random_table
+from torch._dynamo.backends.common import aot_autograd
+from torch.autograd import gradgradcheck
+
+from lenet_fast import backends, env, functional, ops
+
+TESTS = Path(__file__).parent
+OPERATORS = [f"{name}{direction}" for name in ops.dispatched for direction in ("", "_backward")]
+SUITES = {
+    "operators": ("test_operators.py", "cpu-triton and (not float64 or sigmoid or n16-2x9x11)"),
+    "transforms": (
+        "test_transforms.py",
+        "cpu-triton and (tanh-n2-2x7x6-3k3p1-avg or tanh-n2-2x7x6-3k3p1-subsample or per-sample or ensemble)",
+    ),
+    "kernels": ("test_triton.py", "interpreted"),
+}
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
+)
+compiled = pytest.mark.skipif(INTERPRETED, reason="runs where Triton compiles")
+
+
+@needs_triton
+@compiled
+@pytest.mark.parametrize("suite", SUITES)
+def test_under_the_interpreter(suite):
+    file, selection = SUITES[suite]
+    # NumPy, which computes there, warns of what the tests do on purpose: infinities.
+    command = [sys.executable, "-m", "pytest", TESTS / file, "-k", selection, "-W", "ignore::RuntimeWarning"]
+    done = subprocess.run(
+        command, cwd=TESTS.parent, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+# --- under the interpreter -------------------------------------------------------------------------------------------
+
+interpreted = pytest.mark.skipif(
+    not INTERPRETED, reason="runs under Triton's interpreter, by test_under_the_interpreter"
+)
+TILED = [
+    replace(LENET_C1, batch=9),
+    Case(5, 3, 7, 6, 11, 3, table=random_table(11, 3)),  # the last tile of maps is not full
+    Case(3, 9, 5, 6, 5, 3, 1, subsample=True),
+]
+
+
+@interpreted
+@pytest.mark.parametrize("case", [Case(2, 6, 14, 14, 16, 5), replace(SPARSE_C3, kernel_size=5)], ids=str)
+def test_interpreted_c3(case):
+    check(case, "tanh", "max")
+
+
+@interpreted
+@pytest.mark.parametrize("case", TILED, ids=str)
+def test_interpreted_with_the_launch_configuration_of_a_gpu(case, monkeypatch):
+    """Many programs, several tiles, partial sums of several."""
+    from lenet_fast import triton_conv
+
+    grids = []
+    launch = triton_conv.launch
+    monkeypatch.setattr(triton_conv, "INTERPRETED", False)
+    monkeypatch.setattr(
+        triton_conv,
+        "launch",
+        lambda kernel, grid, *args, **kw: (grids.append(grid), launch(kernel, grid, *args, **kw)),
+    )
+    check(case, "sigmoid", "avg")
+    assert max(grid[0] for grid in grids) > 8
+
+
+@interpreted
+@pytest.mark.parametrize("case", SMALL_CASES, ids=str)
+def test_interpreted_under_compile(case):
+    def run(*tensors, backend):
+        return case.run(tensors, "tanh", backend=backend)
+
+    tensors = tuple(t.requires_grad_() for t in case.tensors())
+    output = torch.compile(run, fullgraph=True, backend="aot_eager")(*tensors, backend="triton")
+    expected = run(*tensors, backend="reference")
+    torch.testing.assert_close(output, expected)
+    grads = torch.autograd.grad(output.square().sum(), tensors)
+    torch.testing.assert_close(grads, torch.autograd.grad(expected.square().sum(), tensors))
+
+
+def check(case, activation, pool):
+    expected, expected_grads = case.gradients(case.tensors(), activation, pool, "reference")
+    output, grads = case.gradients(case.tensors(), activation, pool, "triton")
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-11, atol=1e-11)
+
+
+DENSE = {
+    "linear_act": lambda x, w, b, backend: functional.linear_act(x, w, b, activation="scaled_tanh", backend=backend),
+    "linear_act without bias": lambda x, w, b, backend: functional.linear_act(x, w, activation="relu", backend=backend),
+    "rbf": lambda x, w, b, backend: functional.rbf(x, w, backend=backend),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("operator", DENSE)
+@pytest.mark.parametrize("shape", [(5, 84, 10), (70, 33, 40), (0, 7, 3), (2, 1, 1)], ids=str)
+def test_interpreted_dense_operators(operator, shape):
+    call, (batch, features, outputs) = DENSE[operator], shape
+    generator = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, generator=generator, dtype=torch.float64)
+    tensors = [draw(batch, features), draw(outputs, features) / features**0.5, draw(outputs)]
+    grad_output = draw(batch, outputs)
+
+    def run(dtype, backend):
+        leaves = [t.to(dtype).detach().requires_grad_() for t in tensors]
+        output = call(*leaves, backend)
+        grads = torch.autograd.grad(output, leaves, grad_output.to(dtype), allow_unused=True)
+        return [output.detach(), *(g for g in grads if g is not None)]
+
+    exact = run(torch.float64, "reference")
+    torch.testing.assert_close(run(torch.float64, "triton"), exact, rtol=1e-11, atol=1e-12)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):  # tests/test_operators.py has the rule
+        results = zip(run(dtype, "triton"), run(dtype, "reference"), exact, strict=True)
+        for index, (result, plain, expected) in enumerate(results):
+            assert result.dtype == dtype
+            if expected.numel():
+                scale = expected.abs().max().clamp_min(1e-30)
+                allowed = max((plain - expected).abs().max() / scale, torch.finfo(dtype).eps * 4)
+                assert (result - expected).abs().max() / scale <= (2 if index == 0 else 3) * allowed
+
+
+@interpreted
+@pytest.mark.parametrize("operator", DENSE)
+def test_interpreted_dense_operators_differentiate_twice(operator):
+    tensors = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 4), (2, 4), (2,))]
+    assert gradgradcheck(lambda *t: DENSE[operator](*t, "triton"), tensors)
+    vmapped = torch.func.vmap(lambda x: DENSE[operator](x, *tensors[1:], "triton"))(
+        torch.stack([tensors[0], -tensors[0]])
+    )
+    torch.testing.assert_close(vmapped[1], DENSE[operator](-tensors[0], *tensors[1:], "reference"))
+
+
+# --- where they run, and why not --------------------------------------------------------------------------------------
+
+
+@compiled
+@needs_triton
+def test_cpu_tensors_need_the_interpreter():
+    with pytest.raises(RuntimeError, match=r"backend: 'triton' cannot run here: .*TRITON_INTERPRET=1"):
+        functional.conv_act_pool(torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3), backend="triton")
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    for device_type in ("cpu", "cuda"):
+        assert backends.why_unavailable("triton", device_type) == "the package triton is not installed"
+
+
+@pytest.mark.parametrize(
+    ("native", "triton", "expected"),
+    [
+        (None, None, "native"),
+        ("no native", None, "Triton (no native)"),
+        ("no native", "no triton", "plain PyTorch (no native; no triton)"),
+    ],
+)
+def test_the_report_says_what_serves_cuda_tensors(native, triton, expected, monkeypatch):
+    reasons = {"native": native, "triton": triton}
+    monkeypatch.setattr(backends, "why_unavailable", lambda backend, device_type: reasons[backend])
+    assert backends.serving("cuda") == expected
+    assert env.facts()["kernels on cuda"] == expected
+    if native is not None:
+        backends.warn_fallback.cache_clear()
+        with pytest.warns(
+            RuntimeWarning, match=r"'cuda' tensors run through " + expected.replace("(", r"\(").replace(")", r"\)")
+        ):
+            backends.warn_fallback("cuda")
+        backends.warn_fallback("cuda")  # once
+        backends.warn_fallback.cache_clear()
+
+
+@needs_triton
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_cuda_tensors_never_fall_back_to_the_reference(operator):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lenet_fast::{operator}", "CUDA")
+
+
+# --- graphs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def a_gpu_in_name(monkeypatch):
+    """What tracing asks of a GPU: its architecture."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    driver = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0)
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+
+
+def raw_triton(case, tensors):
+    indices = None if case.table is None else case.table.indices
+    namespace = torch.ops.lenet_fast
+    if case.subsample:
+        return namespace.conv_subsample_triton(*tensors, indices, case.padding, "tanh")
+    if case.table is not None:
+        options = (indices, case.out_channels, case.padding, "tanh", "avg")
+        return namespace.sparse_conv_act_pool_triton(*tensors, *options)
+    return namespace.conv_act_pool_triton(*tensors, case.padding, "tanh", "avg")
+
+
+@needs_triton
+@compiled
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("case", SMALL_CASES, ids=str)
+def test_a_compiled_graph_contains_the_kernels(case, dynamic, a_gpu_in_name):
+    """And what each one writes to is what it was given to write to: its results are new tensors, no copies."""
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        values = [node and node.meta["val"] for node in graph.graph.output_node().args[0]]
+        results = [torch.zeros([*map(int, v.shape)]) if isinstance(v, torch.Tensor) else v and int(v) for v in values]
+        return make_boxed_func(lambda *_: results)  # nothing here could run the kernels
+
+    tensors = tuple(t.requires_grad_() for t in case.tensors(torch.float32))
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    torch.compile(lambda *t: raw_triton(case, t).square().sum(), fullgraph=True, dynamic=dynamic, backend=backend)(
+        *tensors
+    ).backward()
+    names = [[str(node.target) for node in graph.graph.nodes] for graph in graphs]
+    assert [nodes.count("triton_kernel_wrapper_functional") for nodes in names] == [1, 5 if case.subsample else 4]
+    assert not any("lenet_fast" in name for nodes in names for name in nodes)
+
+
+@needs_triton
+@compiled
+@pytest.mark.parametrize("case", SMALL_CASES, ids=str)
+def test_an_exported_program_keeps_the_operator(case):
+    class Layer(torch.nn.Module):
+        def forward(self, *tensors):
+            return raw_triton(case, tensors)
+
+    program = torch.export.export(Layer(), case.tensors(torch.float32), dynamic_shapes=None)
+    (target,) = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert str(target).startswith("lenet_fast.")
+    assert str(target).endswith("_triton.default")

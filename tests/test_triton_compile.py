@@ -1,0 +1,42 @@
+"""The Triton kernels compiled for real architectures, without a GPU: what they take is within the committed table."""
+
+import pytest
+import triton_resources
+from triton_resources import compare
+
+pytestmark = pytest.mark.skipif(
+    triton_resources.why_unavailable() is not None, reason=str(triton_resources.why_unavailable())
+)
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return triton_resources.compile_all()
+
+
+def test_no_kernel_spills(kernels):
+    names = {resources.kernel.partition("<")[0] for resources in kernels}
+    assert names == {kernel.__name__ for kernel in triton_resources.kernels()}
+    assert {resources.architecture for resources in kernels} == {"sm_80", "sm_90"}
+    assert [problem for resources in kernels for problem in resources.problems()] == []
+
+
+@pytest.mark.skipif(
+    triton_resources.why_unavailable() is None and not triton_resources.is_table_release(),
+    reason=f"the table of resources is of Triton {triton_resources.TABLE_RELEASE}, and this is another",
+)
+def test_resources_are_within_the_table(kernels):
+    assert compare(kernels, triton_resources.read_table()) == []
+
+
+def test_a_spilling_launch_is_seen():
+    """As many sums a thread as no register file holds."""
+    name, signature, constants, divisible, _ = next(
+        launch for launch in triton_resources.launches() if launch[0] == "conv_act_pool_kernel"
+    )
+    greedy = {
+        position: value * 4 if list(signature)[position] == "MAPS" else value for position, value in constants.items()
+    }
+    resources = triton_resources.compile_launch((name, signature, greedy, divisible, 1), 80)
+    assert resources.stack > 0
+    assert "stack frame of" in resources.problems()[0]
