@@ -29,35 +29,41 @@ LF_INLINE void transpose(Vec<T> (&m)[kLanes<T>]) {
   });
 }
 
-// Where each lane's pixels begin in memory; null: the lane is empty.
+// Where each lane's pixels begin in memory, ascending; null: the lane is empty.
 template <typename Value>
 struct Lanes {
   static constexpr int count = kLanes<std::remove_const_t<Value>>;
   Value* begin[count] = {};
+
+  bool full() const { return std::find(begin, begin + count, nullptr) == begin + count; }
 };
 
 // block[p] = pixel p of every lane, of empty lanes 0. Up to `end`, what lies behind the pixels may be read.
 template <typename T>
 void load_run(Vec<T>* block, const Lanes<const T>& lanes, int64_t offset, int64_t pixels, const T* end) {
   constexpr int n = kLanes<T>;
-  for (int64_t p = 0; p < pixels; p += n) {
+  const auto transposed = [&](int64_t p, auto&& lane_pixels) __attribute__((always_inline)) {
     Vec<T> m[n];
-    unroll<n>([&](auto i) __attribute__((always_inline)) {
-      const T* source = lanes.begin[i];
-      if (source == nullptr) {
-        m[i] = Vec<T>{};
-      } else if (end - source >= offset + p + n) {
-        m[i] = load(source + offset + p);
-      } else {
-        m[i] = load_partial(source + offset + p, pixels - p);
-      }
-    });
+    unroll<n>([&](auto i) __attribute__((always_inline)) { m[i] = lane_pixels(lanes.begin[i]); });
     transpose<T>(m);
     if (pixels - p >= n) {
       unroll<n>([&](auto i) __attribute__((always_inline)) { block[p + i] = m[i]; });
     } else {
       std::copy(m, m + (pixels - p), block + p);
     }
+  };
+  int64_t p = 0;
+  if (lanes.full()) {
+    for (; p < pixels && end - lanes.begin[n - 1] >= offset + p + n; p += n) {
+      transposed(p, [&](const T* lane) __attribute__((always_inline)) { return load(lane + offset + p); });
+    }
+  }
+  for (; p < pixels; p += n) {
+    transposed(p, [&](const T* lane) __attribute__((always_inline)) {
+      return lane == nullptr                ? Vec<T>{}
+             : end - lane >= offset + p + n ? load(lane + offset + p)
+                                            : load_partial(lane + offset + p, pixels - p);
+    });
   }
 }
 
@@ -65,20 +71,21 @@ void load_run(Vec<T>* block, const Lanes<const T>& lanes, int64_t offset, int64_
 template <typename T>
 void store_run(const Lanes<T>& lanes, int64_t offset, const Vec<T>* block, int64_t pixels) {
   constexpr int n = kLanes<T>;
-  for (int64_t p = 0; p < pixels; p += n) {
-    const int64_t width = std::min<int64_t>(n, pixels - p);
+  int64_t p = 0;
+  for (; lanes.full() && p + n <= pixels; p += n) {
     Vec<T> m[n];
-    if (width == n) {
-      unroll<n>([&](auto i) __attribute__((always_inline)) { m[i] = block[p + i]; });
-    } else {
-      std::copy(block + p, block + pixels, m);
-      std::fill(m + width, m + n, Vec<T>{});
-    }
+    unroll<n>([&](auto i) __attribute__((always_inline)) { m[i] = block[p + i]; });
+    transpose<T>(m);
+    unroll<n>([&](auto i) __attribute__((always_inline)) { store(lanes.begin[i] + offset + p, m[i]); });
+  }
+  for (; p < pixels; p += n) {
+    const int64_t width = std::min<int64_t>(n, pixels - p);
+    Vec<T> m[n]{};
+    std::copy(block + p, block + p + width, m);
     transpose<T>(m);
     unroll<n>([&](auto i) __attribute__((always_inline)) {
       if (lanes.begin[i] != nullptr) {
-        T* target = lanes.begin[i] + offset + p;
-        width == n ? store(target, m[i]) : store_partial(target, m[i], width);
+        store_partial(lanes.begin[i] + offset + p, m[i], width);
       }
     });
   }
