@@ -61,7 +61,8 @@ def why_unavailable() -> str | None:
 def _headers_digest(folder: Path) -> str:
     """Of the headers that a source in `folder` can include."""
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*"), *(HERE / "include").glob("*"), *(ROOT / "csrc").rglob("*")]):
+    folders = {folder, HERE / "include", ROOT / "csrc", ROOT / "csrc" / "cuda"}
+    for path in sorted(path for folder in folders for path in folder.iterdir()):
         if path.suffix in (".h", ".cuh"):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
