@@ -115,7 +115,7 @@ def _unfused(name: str, layer: nn.Module) -> dict[str, nn.Module]:
     """
     if not isinstance(layer, ConvActPool2d):
         plain = copy.deepcopy(layer)
-        if isinstance(plain, FusedConv2d):
+        if isinstance(plain, FusedConv2d | RBF):
             plain.backend = "reference"
         return {name: plain}
     layers = {name: layer.to_conv2d(), f"{name}_act": _ACTIVATIONS[layer.activation]()}
