@@ -5,6 +5,8 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <stdexcept>
+
 // Tests register the operators elsewhere, to run them where there is no CUDA.
 #ifndef LENET_FAST_LIBRARY
 #define LENET_FAST_LIBRARY lenet_fast
@@ -24,6 +26,9 @@ namespace lenet_fast::cuda {
 class CurrentStream {
  public:
   explicit CurrentStream(const torch::stable::Tensor& tensor) {
+    if (aoti_torch_create_cuda_guard == nullptr) {
+      throw std::runtime_error("lenet_fast: CUDA: libtorch_cuda was not found when the kernels were loaded");
+    }
     TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(tensor.get_device_index(), &guard_));
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));

@@ -83,6 +83,9 @@ struct Training {
       images.order = check_indices("order", *a.order, like);
       total = a.order->numel();
     }
+    if (num_images == 0 && total > 0) {
+      fail("order: expected none, as there are no images, got ", total);
+    }
     if (batch_size < 1) {
       fail("batch_size: expected at least 1, got ", batch_size);
     }

@@ -1,6 +1,7 @@
 """`_C_cuda` is built by setup.py without a GPU, and loads beside a PyTorch without CUDA."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,20 +19,32 @@ pytestmark = pytest.mark.skipif(
 SEEN = """
 import sys, torch, lenet_fast
 torch.ops.load_library(sys.argv[1])
-for name in ("conv_act_pool", "sparse_conv_act_pool", "conv_subsample"):
-    for operator in (name, f"{name}_backward"):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lenet_fast::{operator}", "CUDA"), operator
+layers = ("conv_act_pool", "sparse_conv_act_pool", "conv_subsample")
+for operator in (*layers, *(f"{layer}_backward" for layer in layers), "network_train"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lenet_fast::{operator}", "CUDA"), operator
 print("all registered")
 """
 
 
-def test_every_operator_is_registered_for_cuda(tmp_path):
-    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(tmp_path)]
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("build")
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(folder)]
     command += ["--build-temp", "build/test_cuda"]  # kept: a second run compiles nothing
     environment = os.environ | {"LENET_FAST_CUDA": "only", "TORCH_CUDA_ARCH_LIST": "9.0"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    (library,) = tmp_path.glob("lenet_fast/_C_cuda*.so")
+    (built,) = folder.glob("lenet_fast/_C_cuda*.so")
+    return built
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="no readelf (binutils)")
+def test_libtorch_is_needed(library):
+    """Only through it are the weak symbols of libtorch_cuda found, also by a library linked beside a CPU build."""
+    assert "[libtorch.so]" in subprocess.run(["readelf", "-d", library], capture_output=True, text=True).stdout
+
+
+def test_every_operator_is_registered_for_cuda(library):
     if torch.cuda.is_available():
         pytest.skip("built; here the installed library is loaded already")
     done = subprocess.run([sys.executable, "-c", SEEN, str(library)], cwd=ROOT, capture_output=True, text=True)

@@ -1,10 +1,12 @@
 """The CUDA kernels compiled for real architectures, without a GPU: what they take is within the committed table."""
 
+import subprocess
 from dataclasses import replace
 
 import cuda_resources
 import pytest
 from cuda_resources import ARCHITECTURES, SOURCES, Resources, compare, compile_kernels
+from cuda_toolkit import NVCC_FLAGS, find_nvcc
 
 pytestmark = pytest.mark.skipif(
     cuda_resources.why_unavailable() is not None, reason=str(cuda_resources.why_unavailable())
@@ -28,6 +30,22 @@ def test_no_kernel_spills_or_exceeds_the_multiprocessor(kernels):
 )
 def test_resources_are_within_the_table(kernels):
     assert compare(kernels, cuda_resources.read_table()) == []
+
+
+READ_ONLY = """
+__global__ void copy(const float* __restrict__ from, float* __restrict__ to) { to[threadIdx.x] = from[threadIdx.x]; }
+"""
+
+
+def test_what_other_blocks_write_is_not_read_as_read_only(tmp_path):
+    """Such loads may come from a stale cache line after a grid-wide barrier, which no run on the CPU can show."""
+    sample = tmp_path / "copy.cu"
+    sample.write_text(READ_ONLY)
+    for source, expected in ((cuda_resources.ROOT / "csrc" / "cuda" / "train_network.cu", False), (sample, True)):
+        ptx = tmp_path / f"{source.stem}.ptx"
+        command = [str(find_nvcc()), *NVCC_FLAGS, "-arch=sm_90", "-ptx", str(source), "-o", str(ptx)]
+        subprocess.run(command, check=True)
+        assert ("ld.global.nc" in ptx.read_text()) == expected
 
 
 # --- the checks themselves -------------------------------------------------------------------------------------------
