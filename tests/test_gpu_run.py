@@ -51,7 +51,7 @@ def test_without_a_gpu_it_ends_at_once(tmp_path):
 def test_unknown_steps_are_refused(tmp_path):
     done = gpu_run(tmp_path, "build", "bnch")
     assert done.returncode == 2
-    assert done.stderr.strip() == "gpu_run: expected build, test, sanitize or bench, got 'bnch'"
+    assert done.stderr.strip() == "gpu_run: expected build, test, sanitize, train or bench, got 'bnch'"
 
 
 def test_what_is_missing_is_said_with_its_cost(monkeypatch, capsys):
@@ -96,7 +96,7 @@ def test_a_failed_step_stops_no_other_and_shows_in_the_end(tmp_path, fake_python
     done = gpu_run(tmp_path / "out", GPU_RUN_SECONDS="4", **fake_python)
     assert done.returncode == 1
     steps = {re.sub(r"^\| ", "", line).split(" | ")[0]: line for line in done.stdout.splitlines()[2:]}
-    assert list(steps) == ["build", "env", "operators", "alone", "memcheck", "racecheck", "initcheck", "bench"]
+    assert list(steps) == ["build", "env", "operators", "alone", "memcheck", "racecheck", "initcheck", "train", "bench"]
     assert "| FAILED (3) |" in steps["build"]
     assert "| cannot be built |" in steps["build"]
     assert "| OUT OF TIME |" in steps["bench"]
@@ -178,6 +178,26 @@ def test_rows_of_a_gpu(benchmark):
             assert row["ratio"] == "1.000"
     assert "| c1, relu + max | 5 |" in done.stdout
     assert (out / "gpu_pretended_gpu.md").read_text() == done.stdout
+
+
+@needs_native
+def test_whole_networks_of_a_gpu(tmp_path):
+    options = "--batch 5,3 --threads 1 --networks lenet1 --rounds 2 --epoch-images 10"
+    options += " --rivals fused-step,eager,compile-graph"
+    done = gpu_run(tmp_path, "train", python=PRETEND, GPU_RUN_TRAIN=options, LENET_FAST_DATA="")
+    assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "gpu_run.log").read_text()
+    rows = read(tmp_path / "train_pretended_gpu.csv")
+    assert [(row["batch"], row["steps"], row["contestant"]) for row in rows] == [
+        (batch, steps, who)
+        for batch, steps in (("5", "2"), ("3", "3"))
+        for who in ("fused-step", "fused-run", "eager", "compile-graph")
+    ]
+    for row in rows:
+        assert (row["gpu"], row["tf32"]) == ("pretended GPU", "off")
+        if row["contestant"] == "fused-run":
+            assert row["ratio"] == row["ratio_q1"] == row["ratio_q3"] == "1.000"
+    assert "| lenet1 | 5 |" in done.stdout
+    assert (tmp_path / "gpu_pretended_gpu.md").read_text() == done.stdout
 
 
 @needs_native
