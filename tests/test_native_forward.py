@@ -264,8 +264,8 @@ def test_definitions_are_released_with_the_model(monkeypatch):
     model = build("lenet1")
     with torch.inference_mode():
         model(images_for(model))
-        (definition,) = model._native_forward._definitions.values()
-        tensors = model._native_forward._tensors
+        (definition,) = model._native_forward._reading._definitions.values()
+        tensors = model._native_forward._reading.tensors
         del model
         gc.collect()
         with pytest.raises(RuntimeError, match="network: expected what network_define returned"):
