@@ -453,8 +453,18 @@ Tensor scores_tensor(ScalarType type, int64_t images, int64_t classes) {
   return Tensor(handle);
 }
 
-Tensor network_infer(int64_t id, const std::vector<Tensor>& parameters, const Tensor& images, double scale,
-                     double background) {
+// Training writes to its parameters, inference takes them in any layout, as layers do.
+std::vector<Tensor> contiguous(std::vector<Tensor> tensors) {
+  for (Tensor& tensor : tensors) {
+    if (!tensor.is_contiguous()) {
+      tensor = torch::stable::contiguous(tensor);
+    }
+  }
+  return tensors;
+}
+
+Tensor network_infer(int64_t id, std::vector<Tensor> given, const Tensor& images, double scale, double background) {
+  const std::vector<Tensor> parameters = contiguous(std::move(given));
   const std::shared_ptr<const NetworkOperand> operand = definitions().find(id);
   const NetworkGeometry& g = operand->geometry();
   return with_parameter_type(parameters, [&]<typename T>(T) {
