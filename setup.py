@@ -118,6 +118,7 @@ def extensions() -> list:
             extra_compile_args={"cxx": CXX_FLAGS},
             define_macros=[(name, f'"{value}"') for name, value in facts.items()],
         ),
+        CppExtension("lenet_fast._snapshot", csrc(["snapshot.cpp"]), extra_compile_args={"cxx": CXX_FLAGS}),
         *([cuda_extension()] if with_cuda else []),
     ]
 

@@ -101,8 +101,29 @@ class InferenceMemory {
   std::unique_ptr<char[], Delete> data_;
 };
 
-Tensor network_infer(int64_t id, const std::vector<Tensor>& parameters, const Tensor& images, double scale,
-                     double background) {
+// Uninitialised (images, classes). Without the dispatcher, whose way to new_empty takes longer than a dense layer.
+Tensor scores_tensor(ScalarType type, int64_t images, int64_t classes) {
+  const std::array sizes{images, classes}, strides{classes, int64_t{1}};
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(2, sizes.data(), strides.data(),
+                               type == ScalarType::Float ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64(),
+                               aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// Training writes to its parameters, inference takes them in any layout, as layers do.
+std::vector<Tensor> contiguous(std::vector<Tensor> tensors) {
+  for (Tensor& tensor : tensors) {
+    if (!tensor.is_contiguous()) {
+      tensor = torch::stable::contiguous(tensor);
+    }
+  }
+  return tensors;
+}
+
+Tensor network_infer(int64_t id, std::vector<Tensor> given, const Tensor& images, double scale, double background) {
+  const std::vector<Tensor> parameters = contiguous(std::move(given));
   const std::shared_ptr<const NetworkOperand> operand = definitions().find(id);
   const NetworkGeometry& g = operand->geometry();
   return with_parameter_type(parameters, [&]<typename T>(T) {
@@ -111,12 +132,11 @@ Tensor network_infer(int64_t id, const std::vector<Tensor>& parameters, const Te
     const Images<T> source = images_of<T>(images, g, parameters[0], scale, background);
     const int64_t total = images.size(0), blocks = (total + kernel.lanes - 1) / kernel.lanes;
     const int64_t threads = std::min<int64_t>(blocks, torch::stable::get_num_threads());
-    const Tensor output = torch::stable::new_empty(parameters[0], {total, g.classes});
+    const Tensor output = scores_tensor(parameters[0].scalar_type(), total, g.classes);
     auto* const values = static_cast<T*>(output.mutable_data_ptr());
     if (!source.are_bytes && total > 0 && 4 * total < 3 * kernel.lanes) {  // most lanes of a block would be empty
       static thread_local InferenceMemory memory;
-      kernel.infer_few(network, static_cast<const T*>(source.data), total, values,
-                       memory.plain(kernel.few_bytes(g, total)));
+      kernel.infer_few(network, static_cast<const T*>(source.data), total, values, memory.plain(kernel.few_bytes(g)));
       return output;
     }
     const auto run = [&](int64_t begin, int64_t end) {

@@ -63,12 +63,14 @@ inline std::string shape(const Tensor& tensor) {
 
 inline void check_shape(const char* name, const Tensor& tensor, const std::vector<int64_t>& expected) {
   bool same = tensor.dim() == static_cast<int64_t>(expected.size());
-  std::ostringstream text;
-  for (size_t i = 0; i < expected.size(); ++i) {
-    same = same && tensor.size(static_cast<int64_t>(i)) == expected[i];
-    text << (i > 0 ? ", " : "") << expected[i];
+  for (size_t i = 0; same && i < expected.size(); ++i) {
+    same = tensor.size(static_cast<int64_t>(i)) == expected[i];
   }
   if (!same) {
+    std::ostringstream text;
+    for (size_t i = 0; i < expected.size(); ++i) {
+      text << (i > 0 ? ", " : "") << expected[i];
+    }
     fail(name, ": expected shape (", text.str(), "), got ", shape(tensor));
   }
 }

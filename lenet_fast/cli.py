@@ -123,13 +123,15 @@ def train(
     else:
         raise ValueError("--run-dir and --resume exclude each other: a resumed run stays in its folder")
     _print_summary(run)
+    finished, started = len(run.history), time.perf_counter()
     try:
         with _Display(run) as display:
             run.fit(on_step=display.show_step, on_epoch=display.show_epoch)
     except KeyboardInterrupt:
         command = f"lenet-fast train --resume {shlex.quote(str(run.folder))}"
-        finished = f"{len(run.history)} of {run.config.epochs} epochs are finished"
-        _exit(f"interrupted; {finished} and saved. Continue with: {command}", code=130)
+        state = f"{len(run.history)} of {run.config.epochs} epochs are finished"
+        _exit(f"interrupted; {state} and saved. Continue with: {command}", code=130)
+    _print_time(run, run.history[finished:], time.perf_counter() - started)
     _print_result(run)
 
 
@@ -155,6 +157,18 @@ def _print_summary(run: Run) -> None:
     print(f"folder  {run.folder}")
     if finished == config.epochs:
         print(f"all {finished} epochs are finished; --epochs N with a larger N goes on")
+
+
+def _print_time(run: Run, epochs: Sequence[Epoch], seconds: float) -> None:
+    """How long `epochs`, those of this call, took in all; for LeCun's experiment beside LeCun et al. (1998), III.B."""
+    if epochs:
+        training = sum(epoch.seconds for epoch in epochs)
+        print(f"time        {seconds:.1f} s for {len(epochs)} epochs, {training:.1f} s of it training")
+    if run.config.model == "lenet5-1998" and run.config.dataset == "mnist":
+        error = 100 * (1 - run.history[-1].test_accuracy)
+        digits = f"{len(run.history)} passes over {len(run.dataset.train.labels):,} digits"
+        lecun = "0.95 % after 20 passes over 60,000 digits, in 2 to 3 days"
+        print(f"1998        test error {error:.2f} % after {digits}; LeCun et al.: {lecun}")
 
 
 def _print_result(run: Run) -> None:

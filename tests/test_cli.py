@@ -3,6 +3,8 @@
 import os
 import pty
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,13 +71,37 @@ def test_train_tells_what_it_does_and_where_the_results_are(call, few, tmp_path)
     for number, line in enumerate(lines[5:7], 1):
         epoch = rf"epoch {number}/2  loss [\d.]+  train acc [\d.]+  test acc [\d.]+  [\d,]+ images/s"
         assert re.fullmatch(epoch, line)
-    assert lines[7:9] == [
+    assert re.fullmatch(r"time        \d+\.\d s for 2 epochs, \d+\.\d s of it training", lines[7])
+    assert lines[8:10] == [
         f"curve       runs/{folder.name}/curve.png",
         f"checkpoint  runs/{folder.name}/checkpoint.pt",
     ]
-    assert re.fullmatch(LAST_LINE, lines[9])
-    assert len(lines) == 10
+    assert re.fullmatch(LAST_LINE, lines[10])
+    assert len(lines) == 11
     assert {path.name for path in folder.iterdir()} == {"checkpoint.pt", "config.json", "metrics.csv", "curve.png"}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_lecun1998_sets_his_experiment_beside_ours(call, few, tmp_path):
+    makefile = Path(lenet_fast.__file__).parents[1]
+    if not (makefile / "Makefile").exists():
+        pytest.skip("an installed package has no Makefile")
+    make = ["make", "--dry-run", "--no-print-directory", "--assume-old=install", "lecun1998"]
+    recipe = subprocess.run(make, cwd=makefile, env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout
+    program, *arguments = shlex.split(recipe.replace("\\\n", ""))
+    assert Path(program).name == "lenet-fast"
+    code, out, err = call(*arguments, "--epochs", 2, "--device", "cpu")
+    assert (code, err) == (0, "")
+    (folder,) = (tmp_path / "runs").iterdir()
+    config = load_checkpoint(folder / "checkpoint.pt")["config"]
+    assert (config["model"], config["dataset"], config["engine"]) == ("lenet5-1998", "mnist", "fused")
+    assert arguments[arguments.index("--epochs") + 1] == "20"
+    assert re.search(r"^on      cpu, \d+ threads, float32, fused engine$", out, re.MULTILINE)
+    error = 100 * (1 - load_checkpoint(folder / "checkpoint.pt")["history"][-1]["test_accuracy"])
+    ours = f"test error {error:.2f} % after 2 passes over 200 digits"
+    assert f"1998        {ours}; LeCun et al.: 0.95 % after 20 passes over 60,000 digits, in 2 to 3 days\n" in out
+    assert re.search(r"^time        \d+\.\d s for 2 epochs", out, re.MULTILINE)
+    assert f"curve       runs/{folder.name}/curve.png\n" in out
 
 
 def test_every_option_reaches_the_run(call, few, tmp_path):

@@ -3,14 +3,18 @@
 import copy
 import gc
 import io
+import os
+import subprocess
+import sys
 import threading
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
 import lenet_fast as lf
-from lenet_fast import models, native_forward
+from lenet_fast import _build_info, models, native_forward
 
 
 @pytest.fixture
@@ -59,6 +63,8 @@ VARIANTS = [
     {"name": "lenet5-d2l", "activation": "relu", "pool": "max", "kernel_size": 3, "connections": lf.tables.LENET5_C3},
     {"name": "lenet5-d2l", "channels": (6, 8, 3), "kernel_size": (5, 3, 2), "pool": ("avg", "max", "none")},
     {"name": "lenet5", "dense": ()},
+    {"name": "lenet5-d2l", "channels": (3, 35), "kernel_size": (4, 6), "padding": (3, 2), "pool": ("none", "avg")},
+    {"name": "lenet5", "channels": (18, 5), "padding": (9, 1), "activation": "tanh", "dense": (7,)},  # 46 columns
 ]
 
 
@@ -162,6 +168,18 @@ def changes():
     def state_dict(model):
         model.load_state_dict({key: 2 * value for key, value in model.state_dict().items()})
 
+    def assigned_state_dict(model):
+        model.load_state_dict({key: 2 * value for key, value in model.state_dict().items()}, assign=True)
+
+    def data_of_another_layout(model):
+        model.c3.weight.data = model.c3.weight.data.transpose(2, 3)
+
+    def swapped(model):
+        torch.utils.swap_tensors(model.c3.weight, nn.Parameter(2 * model.c3.weight.detach()))
+
+    def behind_the_back(model):
+        model.c3._parameters["weight"] = nn.Parameter(2 * model.c3.weight.detach())
+
     def activation(model):
         model.c3.activation = "tanh"
 
@@ -206,6 +224,46 @@ def test_hooks_are_called_and_after_them_it_is_native_again(calls):
     handle.remove()
     assert_as_the_layers(model, images)
     assert len(calls) == 2
+
+
+def test_global_hooks_are_called(calls):
+    model = build("lenet5")
+    images = images_for(model)
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda layer, inputs, output: seen.append(layer))
+    try:
+        with torch.inference_mode():
+            model(images)
+    finally:
+        handle.remove()
+    assert model.c1 in seen
+    assert not calls
+
+
+def test_a_call_with_other_parameters_uses_them():
+    model = build("lenet5")
+    images = images_for(model, 1)
+    before = assert_as_the_layers(model, images)
+    others = {name: 2 * value for name, value in model.state_dict().items()}
+    with torch.inference_mode():
+        found = torch.func.functional_call(model, others, (images,))
+        twin = copy.deepcopy(model)
+        twin.load_state_dict(others)
+        torch.testing.assert_close(found, nn.Sequential.forward(twin, images), rtol=0, atol=1e-12)
+    assert torch.equal(assert_as_the_layers(model, images), before)
+
+
+@pytest.mark.parametrize("convert", ["overwrite_module_params_on_conversion", "swap_module_params_on_conversion"])
+def test_however_conversion_replaces_parameters(convert):
+    model = build("lenet5-1998")
+    assert_as_the_layers(model, images_for(model, 1))
+    setter = getattr(torch.__future__, f"set_{convert}")
+    setter(True)
+    try:
+        model.float()
+    finally:
+        setter(False)
+    assert_as_the_layers(model, images_for(model, 1, torch.float32), atol=1e-4)
 
 
 def test_a_model_with_another_layer_in_it_goes_layer_by_layer(calls):
@@ -264,12 +322,22 @@ def test_definitions_are_released_with_the_model(monkeypatch):
     model = build("lenet1")
     with torch.inference_mode():
         model(images_for(model))
-        (definition,) = model._native_forward._definitions.values()
-        tensors = model._native_forward._tensors
+        (definition,) = model._native_forward._reading._definitions.values()
+        tensors = model._native_forward._reading.tensors
         del model
         gc.collect()
         with pytest.raises(RuntimeError, match="network: expected what network_define returned"):
             torch.ops.lenet_fast.network_infer(definition, tensors, torch.rand(1, 1, 28, 28), 0.0, 0.0)
+
+
+def test_replaced_parameters_are_freed_at_the_next_call():
+    model = build("lenet5")
+    assert_as_the_layers(model, images_for(model))
+    old = weakref.ref(model.c3.weight)
+    model.c3.weight = nn.Parameter(2 * model.c3.weight.detach())
+    assert_as_the_layers(model, images_for(model))
+    gc.collect()
+    assert old() is None
 
 
 def test_threads_of_python_at_once():
@@ -295,6 +363,45 @@ def test_threads_of_python_at_once():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_first_calls_of_several_threads_at_once():
+    for _ in range(5):
+        model = build("lenet1", torch.float32)
+        images = images_for(model, 1, torch.float32)
+        with torch.no_grad():
+            expected = nn.Sequential.forward(model, images)
+        barrier, found = threading.Barrier(4), []
+
+        def work(model=model, images=images, barrier=barrier, found=found):
+            with torch.inference_mode():
+                barrier.wait()
+                found.append(model(images))
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(found) == 4
+        for output in found:
+            torch.testing.assert_close(output.clone(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("isa", _build_info.supported_isas())
+def test_every_instruction_set_says_the_same(isa):
+    program = "from tests.test_native_forward import variant_check; variant_check()"
+    environment = os.environ | {"LENET_FAST_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=100)
+
+
+def variant_check():
+    assert _build_info.selected_isa() == os.environ["LENET_FAST_CPU_ISA"]
+    for options in VARIANTS:
+        for dtype, atol in ((torch.float64, 1e-12), (torch.float32, 1e-3)):
+            model = build(**options, dtype=dtype)
+            for number in (1, 2):
+                assert_as_the_layers(model, images_for(model, number, dtype), atol=atol)
 
 
 def test_compile_and_export_see_the_layers(calls):

@@ -83,7 +83,7 @@ struct NetworkKernels {
   void (*update)(const TrainingStep<T>&, int64_t part, int64_t parts);
   void (*infer)(const Network<T>&, const Images<T>&, int64_t begin, int64_t end, T* output, void* memory);
   // The same for a few floating images in their order; `memory` needs no initial value.
-  size_t (*few_bytes)(const NetworkGeometry&, int64_t images);
+  size_t (*few_bytes)(const NetworkGeometry&);
   void (*infer_few)(const Network<T>&, const T* images, int64_t count, T* output, void* memory);
 };
 
