@@ -127,8 +127,7 @@ def short_name(name: str) -> str:
 
 def compile_kernels(source: Path, architecture: str) -> list[Resources]:
     """Compile one file for one architecture; the report of each of its kernels."""
-    folders = {source.parent, ROOT / "csrc", ROOT / "csrc" / "cuda"}
-    headers = sorted(path for folder in folders for path in folder.iterdir())
+    headers = sorted(path for folder in {source.parent, ROOT / "csrc"} for path in folder.iterdir())
     key = hashlib.sha256(repr((nvcc_version(), FLAGS, architecture, source.name)).encode())
     for path in headers:
         if path.suffix in (".h", ".cuh") or path == source:

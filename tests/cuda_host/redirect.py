@@ -18,13 +18,7 @@ _cpu = torch.library.Library("lenet_fast", "IMPL")
 
 
 def _redirect() -> None:
-    names = [
-        operator.name + suffix
-        for operator in vars(lenet_fast.ops).values()
-        if isinstance(operator, lenet_fast.ops.DifferentiableOperator)
-        for suffix in ("", "_backward")
-    ]
-    assert len(names) == 6
+    names = [name + suffix for name in lenet_fast.ops.dispatched for suffix in ("", "_backward")]
     for name in [*names, "network_train"]:
         schema = str(getattr(torch.ops.lenet_fast, name).default._schema)
         _host.define(schema.removeprefix("lenet_fast::"))
