@@ -9,6 +9,9 @@ SOURCES := setup.py $(shell find csrc -type f)
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 export PATH := $(BIN):$(PATH)
+# Threads that wait for each other sleep: where other processes have the cores, spinning ones are many times slower.
+OMP_WAIT_POLICY ?= passive
+export OMP_WAIT_POLICY
 
 .PHONY: install train lecun1998 test lint format clean
 
