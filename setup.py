@@ -25,7 +25,7 @@ CXX_FLAGS += ["-Werror"] if os.environ.get("LENET_FAST_WERROR") == "1" else []
 CXX_FLAGS += ["-Wno-psabi", "-Wno-unused-parameter"]  # vectors by value; PyTorch's own headers
 CXX_FLAGS += ["-g0"]  # torch asks for debug information: ten times the size
 CPU_VARIANTS = ["cpu/variant_portable.cpp", "cpu/variant_avx2.cpp", "cpu/variant_avx512.cpp"]
-CPU_SOURCES = ["bind_cpu.cpp", "bind_network.cpp", "bind_training.cpp", *CPU_VARIANTS]
+CPU_SOURCES = ["bind_cpu.cpp", "bind_inference.cpp", "bind_training.cpp", *CPU_VARIANTS]
 
 
 CUDA_CHOICES = ("0", "1", "auto", "only")
