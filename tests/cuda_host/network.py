@@ -172,7 +172,7 @@ def test_a_step_with_what_does_not_exist_is_not_taken(monkeypatch, wrong):
 def test_an_order_of_no_images_is_refused():
     model, images = build("lenet1"), torch.zeros(0, 28, 28, dtype=torch.uint8)
     parameters = [p.data for p in model.parameters()]
-    arguments = (FusedTrainer(model)._numbers_for(images), parameters, [], [], [], [1] * len(parameters))
+    arguments = (FusedTrainer(model, lr=0.1)._numbers_for(images), parameters, [], [], [], [1] * len(parameters))
     indices = torch.zeros(0, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="order: expected none, as there are no images, got 3"):
         HOST(*arguments, images, *indices, 3, 0.01, 0.0, "sgd", [0.0] * 6, [0.1], 0.0)
