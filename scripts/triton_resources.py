@@ -3,6 +3,7 @@
 `python scripts/triton_resources.py --write` writes tests/triton_resources.csv anew; it refuses kernels that spill.
 """
 
+import multiprocessing
 import re
 import subprocess
 import sys
@@ -160,7 +161,8 @@ def kernels() -> list[Any]:
 
 def compile_all() -> list[Resources]:
     jobs = [(launch, architecture) for launch in launches() for architecture in ARCHITECTURES]
-    with ProcessPoolExecutor() as pool:
+    # Not forked: whoever calls this may have threads, of JAX for one.
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         kernels = sorted(pool.map(compile_launch, *zip(*jobs, strict=True)))
     assert len({resources.key for resources in kernels}) == len(kernels)
     return kernels
