@@ -4,13 +4,13 @@ import itertools
 import os
 import sys
 import time
-import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import agreement
+import command
 import devices
 import harness
 import rows
@@ -51,19 +51,6 @@ def print_table(table: Iterable[rows.Row]) -> None:
 def _race_of(row: rows.Row) -> tuple[str, ...]:
     race = [str(row[column]) for column in RACE_COLUMNS]
     return *race, f"batch {row['batch']}", *([str(row["launch"])] if "launch" in row else [])
-
-
-def _some_of(option: str, known: Iterable[str], given: str) -> list[str]:
-    names = given.split(",")
-    if wrong := [name for name in names if name not in known]:
-        raise typer.BadParameter(f"{option}: expected some of {','.join(known)}, got {wrong[0]!r}")
-    return names
-
-
-def _batches(given: str) -> list[int]:
-    if not all(size.isdecimal() and int(size) for size in given.split(",")):
-        raise typer.BadParameter(f"--batch: expected numbers of at least 1 with commas between, got {given!r}")
-    return [int(size) for size in given.split(",")]
 
 
 @dataclass(frozen=True)
@@ -113,14 +100,14 @@ def main(
 ) -> None:
     """Race the fused operators against PyTorch; refuses where results disagree."""
     start = time.monotonic()
-    (dtype,) = _some_of("--dtype", DTYPES, dtype)
-    (device,) = _some_of("--device", DEVICES, device)
-    chosen_layers = {name: LAYERS[name] for name in _some_of("--layers", LAYERS, layers)}
-    chosen_passes = _some_of("--passes", PASSES, passes)
+    (dtype,) = command.some_of("--dtype", DTYPES, dtype)
+    (device,) = command.some_of("--device", DEVICES, device)
+    chosen_layers = {name: LAYERS[name] for name in command.some_of("--layers", LAYERS, layers)}
+    chosen_passes = command.some_of("--passes", PASSES, passes)
     also = {} if device == "cpu" else ON_CUDA
     known = list(dict.fromkeys(itertools.chain(*(layer.contestants for layer in chosen_layers.values()), also)))
-    chosen = known if rivals is None else [OURS, *_some_of("--rivals", known, rivals)]
-    batches = _batches(batch)
+    chosen = known if rivals is None else [OURS, *command.some_of("--rivals", known, rivals)]
+    batches = command.batches(batch)
     if csv is not None and not csv.parent.is_dir():
         raise typer.BadParameter(f"--csv: no such folder: {csv.parent}")
     missing = {name: backends.why_unavailable(name, device) for name in ("native", "triton")}
@@ -152,7 +139,7 @@ def main(
         print(title, "...", file=sys.stderr)
 
         def leave_out(contestant: str, error: Exception, title: str = title) -> None:
-            failures.append(f"{title}: without {contestant}: {_explained(error)}")
+            failures.append(f"{title}: without {contestant}: {command.explained(error)}")
 
         try:
             measured = measure(
@@ -168,7 +155,7 @@ def main(
             )
         except Exception as error:
             if keep_going:
-                failures.append(f"{title}: not raced: {_explained(error)}")
+                failures.append(f"{title}: not raced: {command.explained(error)}")
                 continue
             if isinstance(error, agreement.Disagreement):
                 raise SystemExit(f"bench_ops: refusing to time {title}: {error}") from None
@@ -181,7 +168,7 @@ def main(
     if races:
         table = _table(races, device, settings)
         print_table(table)
-        _print_conditions(races, device)
+        command.print_conditions((measured.race for measured in races), device)
         if csv is not None:
             rows.write(csv, table)
     for failure in failures:
@@ -190,29 +177,8 @@ def main(
         raise SystemExit(1)
 
 
-def _explained(error: Exception) -> str:
-    """Type and first line; the whole, for who looks into the log, on stderr."""
-    traceback.print_exception(error)
-    first, *_ = f"{type(error).__name__}: {error}".splitlines()
-    return first
-
-
 def _table(races: Iterable[Measured], device: Device, settings: rows.Row) -> list[rows.Row]:
     return [row for measured in races for row in measured.as_rows(device, settings)]
-
-
-def _print_conditions(races: Sequence[Measured], device: Device) -> None:
-    probe = device.probe
-    rounds = sum(len(measured.race.probes) for measured in races)
-    disturbed = sum(measured.race.disturbed_rounds(probe.best) for measured in races)
-    where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else device.facts["gpu"]
-    print(f"peak: {probe.peak:.0f} GFLOP/s, the fastest float32 matrix product seen ({where})")
-    if device.type != "cpu":
-        print(f"bandwidth: {1e-9 * device.bandwidth:.0f} GB/s, a large copy, bytes read and written")
-    limit = harness.DISTURBED_BELOW * probe.best
-    print(f"disturbed: {disturbed} of {rounds} rounds had a probe below {limit:.0f} GFLOP/s")
-    if disturbed > rounds / 10:
-        print("WARNING: more than a tenth: the machine was busy, do not use these figures")
 
 
 if __name__ == "__main__":

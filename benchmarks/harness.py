@@ -42,6 +42,16 @@ def time_on_cuda(run: Run, calls: int) -> float:
     return 1e-3 * start.elapsed_time(end)
 
 
+def time_synchronised(run: Run, calls: int) -> float:
+    """Wall-clock seconds from an idle device to an idle device: of work in several streams, of other libraries too."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
 class SgemmProbe:
     """Speed of a float32 matrix product, a few ms a call: on PyTorch's threads, or wherever `device` and `timer` say.
 

@@ -15,7 +15,7 @@ TRITON = "fused-triton"
 SUBSAMPLE = "subsample"  # LeCun's trainable pooling, with an activation of its own
 
 _ACTIVATIONS = {"sigmoid": nn.Sigmoid, "relu": nn.ReLU, "tanh": nn.Tanh, "scaled_tanh": ScaledTanh}
-_POOLS = {"avg": nn.AvgPool2d, "max": nn.MaxPool2d}
+_POOLS = {"avg": nn.AvgPool2d, "max": nn.MaxPool2d, "none": nn.Identity}
 
 
 @dataclass(frozen=True)
