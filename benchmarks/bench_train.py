@@ -61,7 +61,9 @@ def print_table(table: Iterable[rows.Row]) -> None:
     """The rows as a table, a section for every race."""
     printed = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for heading in ("", "us a step", "images/s", "of peak", "time / fused"):
-        printed.add_column(heading, justify="right" if heading else "left", no_wrap=bool(heading))
+        printed.add_column(
+            heading, justify="right" if heading else "left", no_wrap=True, min_width=0 if heading else 24
+        )
     for (network, batch), group in itertools.groupby(table, key=lambda row: (row["network"], row["batch"])):
         printed.add_section()
         printed.add_row(f"[bold]{network} batch {batch}")

@@ -1,7 +1,7 @@
 """Before and after the steps of gpu_run.sh: what the machine lacks, and what came of it.
 
 python benchmarks/gpu_report.py before                 # the GPU's short name; 2 and the reason where there is none
-python benchmarks/gpu_report.py after STEPS RESULT     # RESULT.csv and the steps as RESULT.md, and on the screen
+python benchmarks/gpu_report.py after STEPS RESULT     # the rows and the steps as RESULT.md, and on the screen
 """
 
 import re
@@ -13,6 +13,7 @@ from pathlib import Path
 import gpu_table
 import rows
 import torch
+import train_table
 
 _PACKAGES = {
     "pytest": "no tests, no sanitizers",
@@ -52,7 +53,7 @@ def after(steps: Path, result: Path) -> bool:
 
     Args:
         steps: a line for each step: name, exit status, seconds and last words, with tabs between.
-        result: where the benchmark's rows are, without ".csv".
+        result: gpu_NAME, where the operators' rows are, without ".csv"; those of whole networks are in train_NAME.csv.
     """
     table = ["| step | | seconds | last words |", "| --- | --- | --- | --- |"]
     succeeded = True
@@ -66,6 +67,9 @@ def after(steps: Path, result: Path) -> bool:
         measured = rows.read(rows_file)
         for one_pass in dict.fromkeys(row["pass"] for row in measured):
             table += ["", gpu_table.section(measured, one_pass)]
+    trained = result.with_name(f"train{result.name.removeprefix('gpu')}.csv")
+    if trained.exists():
+        table += ["", train_table.gpu_text([rows.read(trained)])]
     summary = "\n".join(table)
     result.with_suffix(".md").write_text(f"{summary}\n")
     print(summary)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: all that only a GPU can show, in one command of less than nine minutes.
 #
-#     benchmarks/gpu_run.sh [build] [test] [sanitize] [bench]        without names: all four
+#     benchmarks/gpu_run.sh [build] [test] [sanitize] [train] [bench]        without names: all five
 #
 # Nothing is installed: PYTHON (python3) is an interpreter that has PyTorch. Log, rows and summary go into OUT
 # (benchmarks/results). A step that fails or exceeds its time does not stop the later ones: the exit status tells.
@@ -14,8 +14,8 @@ out=${OUT:-benchmarks/results}
 limit=${GPU_RUN_SECONDS:-520}
 chosen=("${@:-all}")
 for name in "${chosen[@]}"; do
-  if [[ ! $name =~ ^(all|build|test|sanitize|bench)$ ]]; then
-    echo "gpu_run: expected build, test, sanitize or bench, got '$name'" >&2
+  if [[ ! $name =~ ^(all|build|test|sanitize|train|bench)$ ]]; then
+    echo "gpu_run: expected build, test, sanitize, train or bench, got '$name'" >&2
     exit 2
   fi
 done
@@ -62,6 +62,14 @@ step test alone 40 "${pytest[@]}" "${operators[@]}" -m alone
 step sanitize memcheck 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck "${check[@]}"
 step sanitize racecheck 45 compute-sanitizer --tool racecheck "${check[@]}"
 step sanitize initcheck 25 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool initcheck "${check[@]}"
+read -ra options <<< "${GPU_RUN_TRAIN:-}" # more of them, for bench_train.py
+step train train 150 "${python[@]}" benchmarks/bench_train.py --device cuda --csv "$out/train_$gpu.csv" \
+  --networks lenet5-d2l,lenet5,lenet5-sparse,lenet5-1998,lenet1 --batch 128,4096,512,32 --rounds 5 --sample-ms 1 \
+  --rivals fused-step,eager,compile,compile-graph,jax-scan --keep-going --seconds 110 "${options[@]}"
+if [[ -n ${LENET_FAST_DATA:-} ]]; then # the 60,000 digits are there
+  step train accuracy 45 "${python[@]}" benchmarks/time_to_accuracy.py --device cuda --seeds 20 \
+    --csv "$out/time_to_accuracy_$gpu.csv"
+fi
 read -ra options <<< "${GPU_RUN_BENCH:-}" # more of them, for bench_ops.py
 left=$((limit - SECONDS - 20))
 step bench bench "$limit" "${python[@]}" benchmarks/bench_ops.py --device cuda --csv "$out/gpu_$gpu.csv" \

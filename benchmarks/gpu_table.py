@@ -5,16 +5,14 @@ python benchmarks/gpu_table.py --write      # and puts it into README.md
 """
 
 import itertools
-import re
-import sys
 from collections.abc import Iterable, Sequence
 from operator import itemgetter
 from pathlib import Path
 
+import readme_section
 import rows
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
 HEADING = "### Operators on a GPU"
 NOT_MEASURED = (
     "Not yet measured. `benchmarks/gpu_run.sh` measures on a machine with a GPU, and `benchmarks/gpu_table.py` writes "
@@ -84,17 +82,11 @@ def _table(measured: Sequence[Row]) -> str:
 
 def in_readme(readme: str) -> str:
     """The text below the heading in a README."""
-    return _SECTION.search(readme).group(1).strip()
-
-
-_SECTION = re.compile(rf"(?<=^{re.escape(HEADING)}\n)(.*?)(?=^#)", re.MULTILINE | re.DOTALL)
+    return readme_section.text_below(HEADING, readme)
 
 
 def main() -> None:
-    drawn = text(rows.read(path) for path in sorted(RESULTS.glob("gpu_*.csv")))
-    print(drawn)
-    if sys.argv[1:] == ["--write"]:
-        README.write_text(_SECTION.sub(lambda _: f"\n{drawn}\n\n", README.read_text()))
+    readme_section.show({HEADING: text(rows.read(path) for path in sorted(RESULTS.glob("gpu_*.csv")))})
 
 
 if __name__ == "__main__":

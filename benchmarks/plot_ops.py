@@ -18,9 +18,7 @@ def draw(table: list[dict[str, str]], path: Path) -> None:
         ValueError: the rows are of several runs.
         ImportError: matplotlib is not installed.
     """
-    for column in _SAME_IN_ALL:
-        if len(values := {row[column] for row in table}) != 1:
-            raise ValueError(f"expected rows of one run, but {column} differs: {', '.join(sorted(values))}")
+    rows.check_one_run(table, _SAME_IN_ALL)
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -4,7 +4,7 @@ import csv
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -98,3 +98,10 @@ def read(path: Path) -> list[dict[str, str]]:
     """Read what `write` wrote."""
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def check_one_run(table: Sequence[Mapping[str, str]], columns: Iterable[str]) -> None:
+    """Raise ValueError unless all rows agree in these columns."""
+    for column in columns:
+        if len(values := {row[column] for row in table}) != 1:
+            raise ValueError(f"expected rows of one run, but {column} differs: {', '.join(sorted(values))}")

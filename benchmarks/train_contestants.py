@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 
 import devices
 import jax_networks
@@ -84,15 +83,15 @@ class Plain:
         measure = criterion(model)
         parameters = list(model.parameters())
         optimizer = torch.optim.SGD(parameters, lr=task.lr, **self.optimizer)
-        compiled = partial(torch.compile, fullgraph=True, dynamic=False)
 
         def loss_of(images: Tensor, labels: Tensor) -> Tensor:
             with self._autocast(device):
                 return measure(model(images), labels)
 
         if self.compiles_network:
-            loss_of = compiled(loss_of, options=dict(self.compile_options) or None)
-        update = compiled(optimizer.step) if self.compiles_update else optimizer.step
+            options = dict(self.compile_options) or None
+            loss_of = torch.compile(loss_of, fullgraph=True, dynamic=False, options=options)
+        update = torch.compile(optimizer.step, dynamic=False) if self.compiles_update else optimizer.step
 
         def step(images: Tensor, labels: Tensor) -> Tensor:
             optimizer.zero_grad()
@@ -119,7 +118,7 @@ def _captured(step: Step, task: Task) -> Run:
     def numbered_step() -> None:
         batch = images.index_select(0, number)[0], labels.index_select(0, number)[0]
         losses.index_copy_(0, number, step(*batch).view(1))
-        number.add_(1)
+        number.add_(1).remainder_(task.steps)
 
     replay = devices.captured(numbered_step)
 

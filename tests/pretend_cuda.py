@@ -72,6 +72,7 @@ class CUDAGraph:
     def __init__(self):
         self.calls = []
 
+    @torch.no_grad()  # kernels, no autograd: a backward is among the operators
     def replay(self):
         for operator, args, kwargs, results in self.calls:
             for old, new in zip(tensors(results), tensors(operator(*args, **kwargs)), strict=True):

@@ -51,7 +51,7 @@ def test_without_a_gpu_it_ends_at_once(tmp_path):
 def test_unknown_steps_are_refused(tmp_path):
     done = gpu_run(tmp_path, "build", "bnch")
     assert done.returncode == 2
-    assert done.stderr.strip() == "gpu_run: expected build, test, sanitize or bench, got 'bnch'"
+    assert done.stderr.strip() == "gpu_run: expected build, test, sanitize, train or bench, got 'bnch'"
 
 
 def test_what_is_missing_is_said_with_its_cost(monkeypatch, capsys):
@@ -96,7 +96,7 @@ def test_a_failed_step_stops_no_other_and_shows_in_the_end(tmp_path, fake_python
     done = gpu_run(tmp_path / "out", GPU_RUN_SECONDS="4", **fake_python)
     assert done.returncode == 1
     steps = {re.sub(r"^\| ", "", line).split(" | ")[0]: line for line in done.stdout.splitlines()[2:]}
-    assert list(steps) == ["build", "env", "operators", "alone", "memcheck", "racecheck", "initcheck", "bench"]
+    assert list(steps) == ["build", "env", "operators", "alone", "memcheck", "racecheck", "initcheck", "train", "bench"]
     assert "| FAILED (3) |" in steps["build"]
     assert "| cannot be built |" in steps["build"]
     assert "| OUT OF TIME |" in steps["bench"]

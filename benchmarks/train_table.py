@@ -1,0 +1,103 @@
+"""The README's sections on whole networks, drawn from results/train_*.csv and results/inference_cpu.csv.
+
+python benchmarks/train_table.py              # prints them
+python benchmarks/train_table.py --write      # and puts them into README.md
+"""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from operator import itemgetter
+from pathlib import Path
+
+import readme_section
+import rows
+
+RESULTS = Path(__file__).parent / "results"
+CPU, GPU = "### Whole networks", "### Whole networks on a GPU"
+NOT_MEASURED = (
+    "Not yet measured. `benchmarks/bench_train.py` measures, and `benchmarks/train_table.py` writes this section."
+)
+TYPICAL = ("lenet5-d2l", "128")  # of the CPU's races the README shows those with this network or this batch
+RIVALS = {
+    "fused-run": "ours, all steps in a call",
+    "fused-step": "ours, a call each step",
+    "eager": "eager",
+    "eager-channels-last": "eager, channels_last",
+    "compile": "torch.compile",
+    "compile-channels-last": "compile, channels_last",
+    "compile-update": "compile, update too",
+    "compile-max-autotune": "compile, max-autotune",
+    "compile-graph": "compile in a CUDA graph",
+    "compile-bfloat16": "compile, bfloat16 (less exact)",
+    "jax": "JAX",
+    "jax-scan": "JAX, scan",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+}
+
+Row = dict[str, str]
+
+
+def section(measured: Sequence[Row], what: str) -> str:
+    """What was measured in one run of `what`: conditions and a table."""
+    first = measured[0]
+    probed = [row for _, race in itertools.groupby(measured, key=_race) for row in itertools.islice(race, 1)]
+    disturbed = sum(int(row["disturbed_rounds"]) for row in probed) / sum(int(row["rounds"]) for row in probed)
+    where = first.get("gpu") or f"{first['cpu']}, {first['isa']}, {first['threads']} threads"
+    lines = [
+        f"{what}; {where}, float32, PyTorch {first['torch']}, {first['date']}.",
+        "Time of the alternative divided by the time of ours, "
+        f"medians of {first['rounds']} interleaved rounds ({disturbed:.0%} disturbed).",
+        f"Peak: the fastest float32 matrix product of the run, {float(first['sgemm_peak_gflops']):,.0f} GFLOP/s.",
+    ]
+    return "\n".join([*lines, "", _table(measured)])
+
+
+def _race(row: Row) -> tuple[str, str]:
+    return itemgetter("network", "batch")(row)
+
+
+def _table(measured: Sequence[Row]) -> str:
+    first = measured[0]
+    judged = "fused" if "epoch_ms" not in first else "fused-run" if "gpu" in first else "fused-step"
+    rivals = [name for name in RIVALS if name != judged and any(row["contestant"] == name for row in measured)]
+    lasts = ["epoch"] if "gpu" in first else []
+    headings = ["network", "batch", "ours", "images/s", "of peak", *lasts, *(RIVALS[name] for name in rivals)]
+    lines = [headings, ["---"] * len(headings)]
+    for (network, batch), race in itertools.groupby(measured, key=_race):
+        by_name = {row["contestant"]: row for row in race}
+        ours = by_name[judged]
+        cells = [network, batch, f"{float(ours['median_us']):,.0f} us", f"{int(ours['images_per_s']):,}"]
+        cells.append(f"{float(ours['peak_share']):.0%}")
+        cells += [f"{float(ours['epoch_ms']):,.1f} ms" for _ in lasts]
+        lines.append([*cells, *(f"{float(by_name[name]['ratio']):.1f}x" if name in by_name else "" for name in rivals)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cpu_text(training: Sequence[Row], inference: Sequence[Row]) -> str:
+    """The section on the CPU."""
+    parts = [
+        section([row for row in measured if row["network"] in TYPICAL or row["batch"] in TYPICAL], what)
+        for what, measured in (("A training step", training), ("Inference", inference))
+        if measured
+    ]
+    return "\n\n".join(parts) or NOT_MEASURED
+
+
+def gpu_text(results: Iterable[Sequence[Row]]) -> str:
+    """The section on any number of GPUs."""
+    return "\n\n".join(section(measured, "Training, whole epochs") for measured in results) or NOT_MEASURED
+
+
+def main() -> None:
+    def read(name: str) -> list[Row]:
+        path = RESULTS / f"{name}.csv"
+        return rows.read(path) if path.exists() else []
+
+    gpus = sorted(path for path in RESULTS.glob("train_*.csv") if path.stem != "train_cpu")
+    drawn = {CPU: cpu_text(read("train_cpu"), read("inference_cpu")), GPU: gpu_text(map(rows.read, gpus))}
+    readme_section.show(drawn)
+
+
+if __name__ == "__main__":
+    main()
