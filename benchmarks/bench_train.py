@@ -116,6 +116,7 @@ def main(
         raise SystemExit(f"bench_train: there is nothing of ours to time: {reason}")
     if device == "cpu":
         _keep_to(threads)
+        torch._inductor.config.compile_threads = 1  # no workers that are forked from JAX's threads and stay
     torch.set_num_threads(threads)
     try:
         device = DEVICES[device]()
