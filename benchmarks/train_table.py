@@ -76,11 +76,11 @@ def _table(measured: Sequence[Row]) -> str:
 
 def cpu_text(training: Sequence[Row], inference: Sequence[Row]) -> str:
     """The section on the CPU."""
-    parts = [
-        section([row for row in measured if row["network"] in TYPICAL or row["batch"] in TYPICAL], what)
-        for what, measured in (("A training step", training), ("Inference", inference))
-        if measured
-    ]
+    parts = []
+    for what, measured in (("A training step", training), ("Inference", inference)):
+        shown = [row for row in measured if row["network"] in TYPICAL or row["batch"] in TYPICAL]
+        if shown:
+            parts.append(section(shown, what))
     return "\n\n".join(parts) or NOT_MEASURED
 
 
