@@ -18,6 +18,7 @@ import network_race
 import rows
 import torch
 import train_contestants
+import train_table
 import typer
 from devices import Device
 from networks import NETWORKS, Task, flops
@@ -90,6 +91,7 @@ def main(
     threads: Annotated[int, typer.Option(min=1, max=os.cpu_count(), help="For every contestant.")] = 2,
     networks: Annotated[str, typer.Option(help="Names with commas between.")] = ",".join(NETWORKS),
     inference: Annotated[bool, typer.Option("--inference", help="Outputs in eval mode instead of steps.")] = False,
+    only_shown: Annotated[bool, typer.Option("--only-shown", help="Only the races that the README shows.")] = False,
     rivals: Annotated[str | None, typer.Option(help="Who competes with ours.", show_default="all")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Samples of every contestant.")] = 31,
     sample_ms: Annotated[float, typer.Option(min=0.01, help="About how long a sample takes.")] = 50.0,
@@ -130,6 +132,8 @@ def main(
     failures: list[str] = []
     unavailable: set[str] = set()
     todo = list(itertools.product(chosen_networks, batches))
+    if only_shown:
+        todo = [(network, size) for network, size in todo if train_table.is_shown(network, str(size))]
     for done, (network, size) in enumerate(todo):
         if seconds is not None and time.monotonic() - start > seconds:
             failures.append(f"the last {len(todo) - done} of {len(todo)} races: no time was left for them")
