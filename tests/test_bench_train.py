@@ -290,9 +290,8 @@ def test_only_the_races_that_the_readme_shows(networks, monkeypatch, capsys):
     bench_train = import_module("bench_train")
     monkeypatch.setattr(networks.Task, "make", make)
     monkeypatch.setattr(bench_train, "_keep_to", lambda threads: None)  # this process has other tests to run
-    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
     options = {"threads": torch.get_num_threads(), "only_shown": True, "keep_going": True}
-    with pytest.raises(SystemExit):
+    with torch._inductor.config.patch(compile_threads=1), pytest.raises(SystemExit):
         bench_train.main(batch="1,128", networks="lenet5-d2l,lenet1", **options)
     assert asked == [("lenet5-d2l", 1), ("lenet5-d2l", 128), ("lenet1", 128)]
     assert capsys.readouterr().out.count("FAILED") == 3
