@@ -12,26 +12,6 @@ namespace {
 constexpr int64_t kChunk = 1024;  // images of a step between whose phases the dense layers' operands are kept
 constexpr int64_t kWorkspaceLimit = int64_t{4} << 30;  // rather an error than a machine out of memory
 
-// PyTorch's scalars of one parameter's next step, computed in double as PyTorch does; `step` counts from 1.
-template <typename T>
-Update<T> update_of(const OptimizerSettings& s, bool trains, double step, double lr) {
-  Update<T> u{};
-  u.optimizer = s.optimizer;
-  u.frozen = !trains;
-  u.nesterov = s.nesterov != 0;
-  const bool adaptive = s.optimizer != Optimizer::sgd;
-  u.rate = static_cast<T>(adaptive ? lr / (1 - std::pow(s.beta1, step)) : lr);
-  u.weight_decay = static_cast<T>(s.optimizer == Optimizer::adamw ? 0 : s.weight_decay);
-  u.shrink = static_cast<T>(1 - lr * s.weight_decay);
-  u.momentum = static_cast<T>(s.momentum);
-  u.beta2 = static_cast<T>(s.beta2);
-  u.one_minus_beta1 = static_cast<T>(1 - s.beta1);
-  u.one_minus_beta2 = static_cast<T>(1 - s.beta2);
-  u.correction = static_cast<T>(std::sqrt(1 - std::pow(s.beta2, step)));
-  u.epsilon = static_cast<T>(s.epsilon);
-  return u;
-}
-
 // Bytes laid out one after another, each part at a multiple of 64.
 class Arena {
  public:

@@ -27,13 +27,7 @@ struct Backend {
       run.trained[one.slot] = one.trains;
       run.counts[one.slot] = one.trains ? one.count : nullptr;
     }
-    run.optimizer = training.settings.optimizer;
-    run.nesterov = training.settings.nesterov != 0;
-    run.momentum = training.settings.momentum;
-    run.weight_decay = training.settings.weight_decay;
-    run.beta1 = training.settings.beta1;
-    run.beta2 = training.settings.beta2;
-    run.epsilon = training.settings.epsilon;
+    run.settings = training.settings;
     run.images = training.images;
     run.labels = training.labels;
     run.num_images = training.num_images;

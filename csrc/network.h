@@ -3,8 +3,15 @@
 #pragma once
 
 #include <array>
+#include <cmath>
 
 #include "geometry.h"
+
+#if defined(__CUDACC__)
+#define LENET_FAST_HOST_DEVICE __host__ __device__
+#else
+#define LENET_FAST_HOST_DEVICE
+#endif
 
 namespace lenet_fast {
 
@@ -35,6 +42,12 @@ struct NetworkGeometry {
 // What is subtracted from one parameter in one step, PyTorch's definitions with every scalar computed beforehand.
 enum class Optimizer { sgd, adam, adamw };
 
+struct OptimizerSettings {
+  Optimizer optimizer;
+  bool nesterov;
+  double momentum, weight_decay, beta1, beta2, epsilon;
+};
+
 template <typename T>
 struct Update {
   Optimizer optimizer;
@@ -47,6 +60,26 @@ struct Update {
   T correction;  // sqrt(1 - beta2^step)
   T epsilon;
 };
+
+// Of a parameter's next step, `step` counted from 1; computed in double as PyTorch does.
+template <typename T>
+LENET_FAST_HOST_DEVICE Update<T> update_of(const OptimizerSettings& s, bool trains, double step, double lr) {
+  const bool adaptive = s.optimizer != Optimizer::sgd;
+  Update<T> u{};
+  u.optimizer = s.optimizer;
+  u.frozen = !trains;
+  u.nesterov = s.nesterov;
+  u.rate = static_cast<T>(adaptive ? lr / (1 - std::pow(s.beta1, step)) : lr);
+  u.weight_decay = static_cast<T>(s.optimizer == Optimizer::adamw ? 0 : s.weight_decay);
+  u.shrink = static_cast<T>(1 - lr * s.weight_decay);
+  u.momentum = static_cast<T>(s.momentum);
+  u.beta2 = static_cast<T>(s.beta2);
+  u.one_minus_beta1 = static_cast<T>(1 - s.beta1);
+  u.one_minus_beta2 = static_cast<T>(1 - s.beta2);
+  u.correction = static_cast<T>(adaptive ? std::sqrt(1 - std::pow(s.beta2, step)) : 1);
+  u.epsilon = static_cast<T>(s.epsilon);
+  return u;
+}
 
 // A trained tensor with its optimizer state: `first` is the momentum or the mean of gradients, `second` the mean of
 // their squares; null where the optimizer has none.

@@ -8,29 +8,30 @@
 
 namespace lenet_fast {
 
-struct OptimizerSettings {
-  Optimizer optimizer;
-  double momentum, nesterov, weight_decay, beta1, beta2, epsilon;
-
-  OptimizerSettings(const Name& name, const std::vector<double>& numbers) {
-    if (numbers.size() != 6) {
-      fail("settings: expected momentum, nesterov, weight_decay, beta1, beta2, epsilon");
-    }
-    constexpr std::array names{"sgd", "adam", "adamw"};
-    size_t index = 0;
-    while (index < names.size() && name.value != names[index]) {
-      ++index;
-    }
-    if (index == names.size()) {
-      fail("optimizer: expected sgd, adam or adamw, got '", name.value, "'");
-    }
-    optimizer = static_cast<Optimizer>(index);
-    momentum = numbers[0], nesterov = numbers[1], weight_decay = numbers[2];
-    beta1 = numbers[3], beta2 = numbers[4], epsilon = numbers[5];
+inline OptimizerSettings optimizer_settings(const Name& name, const std::vector<double>& numbers) {
+  constexpr std::array names{"sgd", "adam", "adamw"};  // in the order of the enum
+  size_t index = 0;
+  while (index < names.size() && name.value != names[index]) {
+    ++index;
   }
+  if (index == names.size()) {
+    fail("optimizer: expected sgd, adam or adamw, got '", name.value, "'");
+  }
+  if (numbers.size() != 6) {
+    fail("settings: expected momentum, nesterov, weight_decay, beta1, beta2, epsilon");
+  }
+  return {.optimizer = static_cast<Optimizer>(index),
+          .nesterov = numbers[1] != 0,
+          .momentum = numbers[0],
+          .weight_decay = numbers[2],
+          .beta1 = numbers[3],
+          .beta2 = numbers[4],
+          .epsilon = numbers[5]};
+}
 
-  size_t num_moments() const { return optimizer == Optimizer::sgd ? (momentum != 0 ? 1 : 0) : 2; }
-};
+inline size_t num_moments(const OptimizerSettings& settings) {
+  return settings.optimizer == Optimizer::sgd ? (settings.momentum != 0 ? 1 : 0) : 2;
+}
 
 // The operator's arguments behind the network, as lenet_fast/ops.py declares them.
 struct TrainingArguments {
@@ -67,7 +68,7 @@ struct Training {
 
   Training(const NetworkOperand& operand, const TrainingArguments& a)
       : network(operand.network<T>(a.parameters)),
-        settings(a.optimizer, a.settings),
+        settings(optimizer_settings(a.optimizer, a.settings)),
         images(images_of<T>(a.images, operand.geometry(), a.parameters[0], a.scale, a.background)),
         labels(check_indices("labels", a.labels, a.parameters[0])),
         num_images(a.images.size(0)),
@@ -107,7 +108,7 @@ struct Training {
   }
 
   void add_state(const NetworkOperand& operand, const TrainingArguments& a, const Tensor& like) {
-    const size_t number = operand.num_trained(), moments = settings.num_moments();
+    const size_t number = operand.num_trained(), moments = num_moments(settings);
     for (const auto& [name, tensors, needed] : {std::tuple("first_moments", &a.first_moments, moments >= 1),
                                                 std::tuple("second_moments", &a.second_moments, moments >= 2),
                                                 std::tuple("step_counts", &a.step_counts, moments >= 2)}) {

@@ -69,22 +69,6 @@ void with_kernel_size(int64_t kernel_size, F&& f) {
 template <typename T>
 inline constexpr int kAnyMaps = 16 / sizeof(T);
 
-template <int K>
-AnyLayer<K> any_layer(const ConvGeometry& g) {
-  AnyLayer<K> layer;
-  if constexpr (K == 0) {
-    layer.kernel_size = static_cast<int>(g.kernel_size);
-  }
-  layer.in_channels = static_cast<int>(g.in_channels);
-  layer.height = static_cast<int>(g.height);
-  layer.width = static_cast<int>(g.width);
-  layer.out_channels = static_cast<int>(g.out_channels);
-  layer.padding = static_cast<int>(g.padding);
-  layer.conv_height = static_cast<int>(g.conv_height());
-  layer.conv_width = static_cast<int>(g.conv_width());
-  return layer;
-}
-
 // The convolution whose output is the gradient of the input: of the pre-activations' gradient, with turned kernels.
 template <int K>
 AnyLayer<K> transposed(const AnyLayer<K>& of) {

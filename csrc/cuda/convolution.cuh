@@ -8,7 +8,7 @@
 // A block takes `images` images x a tile of windows x `groups` groups of Maps output maps; its threads are laid out as
 // (group, window), a group filling whole warps, so that a warp shares its weights. LeNet layers: the whole image is one
 // tile and all maps are in one block, which stages the weights once and then strides over the batch. Designed for at
-// least 16 warps a multiprocessor: at most 128 registers a thread.
+// most 128 registers a thread: a block of 512 threads always fits a multiprocessor.
 #pragma once
 
 #include "window.cuh"

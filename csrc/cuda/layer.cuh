@@ -45,6 +45,22 @@ struct AnyLayer : KernelSizeMember<KernelSize> {
   int in_channels, height, width, out_channels, padding, conv_height, conv_width;
 };
 
+template <int K>
+AnyLayer<K> any_layer(const ConvGeometry& g) {
+  AnyLayer<K> layer;
+  if constexpr (K == 0) {
+    layer.kernel_size = static_cast<int>(g.kernel_size);
+  }
+  layer.in_channels = static_cast<int>(g.in_channels);
+  layer.height = static_cast<int>(g.height);
+  layer.width = static_cast<int>(g.width);
+  layer.out_channels = static_cast<int>(g.out_channels);
+  layer.padding = static_cast<int>(g.padding);
+  layer.conv_height = static_cast<int>(g.conv_height());
+  layer.conv_width = static_cast<int>(g.conv_width());
+  return layer;
+}
+
 // --- tables: index(out, in) is the position of a connection's kernel in the weight, or -1 ----------------------------
 
 // Two output maps that share an input map; second is -1 where there is none.

@@ -59,9 +59,7 @@ struct NetworkPlan {
   int shared_floats;
 
   SlotPlan slot[kMaxSlots];
-  Optimizer optimizer;
-  bool nesterov;
-  double momentum, weight_decay, beta1, beta2, epsilon;
+  OptimizerSettings settings;
 
   const void* images;
   bool are_bytes;

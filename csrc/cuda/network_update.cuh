@@ -13,27 +13,6 @@ namespace lenet_fast::cuda {
 inline constexpr int kUpdateSlices = 4, kUpdateRows = 4;
 inline constexpr int kUpdateItems = kNetworkThreads / kUpdateSlices;
 
-// PyTorch's scalars of one parameter's next step, computed in double as PyTorch does.
-__device__ inline Update<float> update_of(const NetworkPlan& n, const SlotPlan& slot, int step) {
-  const double lr = n.learning_rates[step];
-  const bool adaptive = n.optimizer != Optimizer::sgd;
-  const double count = slot.count != nullptr ? static_cast<double>(*slot.count) + step + 1 : 1.0;
-  Update<float> u{};
-  u.optimizer = n.optimizer;
-  u.frozen = !slot.trained;
-  u.nesterov = n.nesterov;
-  u.rate = static_cast<float>(adaptive ? lr / (1 - pow(n.beta1, count)) : lr);
-  u.weight_decay = static_cast<float>(n.optimizer == Optimizer::adamw ? 0 : n.weight_decay);
-  u.shrink = static_cast<float>(1 - lr * n.weight_decay);
-  u.momentum = static_cast<float>(n.momentum);
-  u.beta2 = static_cast<float>(n.beta2);
-  u.one_minus_beta1 = static_cast<float>(1 - n.beta1);
-  u.one_minus_beta2 = static_cast<float>(1 - n.beta2);
-  u.correction = adaptive ? static_cast<float>(sqrt(1 - pow(n.beta2, count))) : 1.0f;
-  u.epsilon = static_cast<float>(n.epsilon);
-  return u;
-}
-
 // The definitions of torch.optim, in its order of operations.
 __device__ inline void update_value(const SlotPlan& slot, const Update<float>& u, int64_t i, float grad) {
   if (u.frozen) {
@@ -121,7 +100,9 @@ __device__ inline bool update_parameters(const NetworkPlan& n, float* shared, in
     }
   } else if (static_cast<int>(threadIdx.x) < 32 + num_slots) {
     const int slot = threadIdx.x - 32;
-    updates[slot] = update_of(n, n.slot[slot], step);
+    const SlotPlan& plan = n.slot[slot];
+    const double count = plan.count != nullptr ? static_cast<double>(*plan.count) + step + 1 : 1.0;
+    updates[slot] = update_of<float>(n.settings, plan.trained, count, n.learning_rates[step]);
   }
   __syncthreads();
   if (!is_finite(total[0])) {

@@ -97,15 +97,7 @@ class SharedLayout {
 
 ConvPlan conv_plan(const ConvGeometry& g, bool first, SharedLayout& shared) {
   ConvPlan conv{};
-  AnyLayer<0>& layer = conv.layer;
-  layer.in_channels = static_cast<int>(g.in_channels);
-  layer.height = static_cast<int>(g.height);
-  layer.width = static_cast<int>(g.width);
-  layer.out_channels = static_cast<int>(g.out_channels);
-  layer.kernel_size = static_cast<int>(g.kernel_size);
-  layer.padding = static_cast<int>(g.padding);
-  layer.conv_height = static_cast<int>(g.conv_height());
-  layer.conv_width = static_cast<int>(g.conv_width());
+  const AnyLayer<0>& layer = conv.layer = any_layer<0>(g);
   conv.activation = g.activation;
   conv.pool = g.pool;
   conv.out_height = static_cast<int>(g.out_height());
@@ -222,28 +214,13 @@ size_t place(const TrainingRun& run, NetworkPlan& n, void* memory, cudaStream_t 
 
 NetworkPlan complete_plan(const TrainingRun& run) {
   NetworkPlan n = plan_of(run.network.geometry);
-  const auto slot = [&](int index, const Parameter<float>& p) {
-    n.slot[index] = {p.value, p.first, p.second, run.counts[index], run.trained[index]};
-  };
-  for (int l = 0; l < n.num_convs; ++l) {
-    const ConvParameters<float>& p = run.network.conv[l];
-    slot(4 * l, p.weight);
-    slot(4 * l + 1, p.bias);
-    slot(4 * l + 2, p.coefficient);
-    slot(4 * l + 3, p.subsample_bias);
-  }
-  for (int l = 0; l < n.num_denses; ++l) {
-    slot(4 * n.num_convs + 2 * l, run.network.dense[l].weight);
-    slot(4 * n.num_convs + 2 * l + 1, run.network.dense[l].bias);
+  Network<float> network = run.network;
+  const auto slots = network.slots();
+  for (int i = 0; i < 4 * n.num_convs + 2 * n.num_denses; ++i) {
+    n.slot[i] = {slots[i]->value, slots[i]->first, slots[i]->second, run.counts[i], run.trained[i]};
   }
   n.codes = run.network.codes;
-  n.optimizer = run.optimizer;
-  n.nesterov = run.nesterov;
-  n.momentum = run.momentum;
-  n.weight_decay = run.weight_decay;
-  n.beta1 = run.beta1;
-  n.beta2 = run.beta2;
-  n.epsilon = run.epsilon;
+  n.settings = run.settings;
   n.images = run.images.data;
   n.are_bytes = run.images.are_bytes;
   n.image_height = static_cast<int>(run.images.height);

@@ -14,9 +14,7 @@ struct TrainingRun {
   Network<float> network;    // values and moments; gradients unused
   float* counts[kMaxSlots];  // steps taken before, by slot; null where not counted
   bool trained[kMaxSlots];
-  Optimizer optimizer;
-  bool nesterov;
-  double momentum, weight_decay, beta1, beta2, epsilon;
+  OptimizerSettings settings;
   Images<float> images;
   int64_t num_images, total, batch_size;  // total: images in all steps together
   const int64_t* labels;
