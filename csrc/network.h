@@ -133,6 +133,8 @@ struct Images {
   int64_t height, width;
   T scale, background;
   const int64_t* order;
+
+  int64_t index(int64_t position) const { return order != nullptr ? order[position] : position; }
 };
 
 }  // namespace lenet_fast

@@ -120,18 +120,11 @@ void conv_act_pool_forward(const ConvActPoolForward<T>& p, int64_t begin, int64_
   }
 }
 
-// totals[i] = sum of the lanes of sums[i * stride], pairwise; nothing where totals is null.
+// totals[i] = sum of the lanes of sums[i * stride]; nothing where totals is null.
 template <typename T>
 void sum_lanes(T* totals, const Vec<T>* sums, int64_t count, int64_t stride = 1) {
   for (int64_t i = 0; totals != nullptr && i < count; ++i) {
-    T lanes[kLanes<T>];
-    store(lanes, sums[i * stride]);
-    for (int width = kLanes<T> / 2; width > 0; width /= 2) {
-      for (int lane = 0; lane < width; ++lane) {
-        lanes[lane] += lanes[lane + width];
-      }
-    }
-    totals[i] = lanes[0];
+    totals[i] = sum_of_lanes<T>(sums[i * stride]);
   }
 }
 

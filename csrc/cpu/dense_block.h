@@ -21,18 +21,6 @@ inline constexpr int kProductRows = 4;
 inline constexpr int kGradientRows = 3, kGradientColumns = 3;
 #endif
 
-template <typename T>
-LF_INLINE T sum_of_lanes(Vec<T> value) {
-  T lanes[kLanes<T>];
-  store(lanes, value);
-  for (int width = kLanes<T> / 2; width > 0; width /= 2) {
-    for (int lane = 0; lane < width; ++lane) {
-      lanes[lane] += lanes[lane + width];
-    }
-  }
-  return lanes[0];
-}
-
 // f(row, block, sum over k of matrix[row * row_stride + k * inner_stride] * x[block][k]) for Rows rows.
 template <int Rows, int Blocks, typename T, typename F>
 LF_INLINE void product_tile(const T* matrix, int64_t row_stride, int64_t inner, int64_t inner_stride,

@@ -7,23 +7,23 @@
 namespace lenet_fast::cpu::LENET_FAST_ISA {
 
 // Interleave the lower (Half = 0) or upper half of a and b.
-template <int Half, typename T>
-LF_INLINE Vec<T> zip(Vec<T> a, Vec<T> b) {
-  constexpr int n = kLanes<T>;
+template <int Half, int n, typename V>
+LF_INLINE V zip(V a, V b) {
   return [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
     return __builtin_shufflevector(a, b, (Half * n / 2 + I / 2 + I % 2 * n)...);
   }(std::make_integer_sequence<int, n>{});
 }
 
-template <typename T>
-LF_INLINE void transpose(Vec<T> (&m)[kLanes<T>]) {
-  constexpr int n = kLanes<T>;
+// n vectors of n elements.
+template <typename V, int n>
+LF_INLINE void transpose(V (&m)[n]) {
+  static_assert(sizeof(V) == n * sizeof(m[0][0]));
   constexpr int rounds = n == 16 ? 4 : n == 8 ? 3 : n == 4 ? 2 : 1;
   unroll<rounds>([&](auto) __attribute__((always_inline)) {
-    Vec<T> zipped[n];
+    V zipped[n];
     unroll<n / 2>([&](auto i) __attribute__((always_inline)) {
-      zipped[2 * i] = zip<0, T>(m[i], m[i + n / 2]);
-      zipped[2 * i + 1] = zip<1, T>(m[i], m[i + n / 2]);
+      zipped[2 * i] = zip<0, n>(m[i], m[i + n / 2]);
+      zipped[2 * i + 1] = zip<1, n>(m[i], m[i + n / 2]);
     });
     unroll<n>([&](auto i) __attribute__((always_inline)) { m[i] = zipped[i]; });
   });
@@ -45,7 +45,7 @@ void load_run(Vec<T>* block, const Lanes<const T>& lanes, int64_t offset, int64_
   const auto transposed = [&](int64_t p, auto&& lane_pixels) __attribute__((always_inline)) {
     Vec<T> m[n];
     unroll<n>([&](auto i) __attribute__((always_inline)) { m[i] = lane_pixels(lanes.begin[i]); });
-    transpose<T>(m);
+    transpose(m);
     if (pixels - p >= n) {
       unroll<n>([&](auto i) __attribute__((always_inline)) { block[p + i] = m[i]; });
     } else {
@@ -75,14 +75,14 @@ void store_run(const Lanes<T>& lanes, int64_t offset, const Vec<T>* block, int64
   for (; lanes.full() && p + n <= pixels; p += n) {
     Vec<T> m[n];
     unroll<n>([&](auto i) __attribute__((always_inline)) { m[i] = block[p + i]; });
-    transpose<T>(m);
+    transpose(m);
     unroll<n>([&](auto i) __attribute__((always_inline)) { store(lanes.begin[i] + offset + p, m[i]); });
   }
   for (; p < pixels; p += n) {
     const int64_t width = std::min<int64_t>(n, pixels - p);
     Vec<T> m[n]{};
     std::copy(block + p, block + p + width, m);
-    transpose<T>(m);
+    transpose(m);
     unroll<n>([&](auto i) __attribute__((always_inline)) {
       if (lanes.begin[i] != nullptr) {
         store_partial(lanes.begin[i] + offset + p, m[i], width);

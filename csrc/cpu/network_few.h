@@ -35,7 +35,7 @@ LF_INLINE Vec<T> reduce_rows(const T* matrix, int64_t rows, int64_t inner, const
     const Vec<T> value = tail(x);
     unroll<n>([&](auto r) __attribute__((always_inline)) { sum[r] = add(sum[r], tail(row[r]), value); });
   }
-  transpose<T>(sum);
+  transpose(sum);
   unroll<n / 2>([&](auto r) __attribute__((always_inline)) { sum[r] += sum[r + n / 2]; });
   Vec<T> total = sum[0];
   unroll<n / 2 - 1>([&](auto r) __attribute__((always_inline)) { total += sum[r + 1]; });

@@ -87,18 +87,16 @@ void load_pixels(Vec<T>* block, const int32_t* position, const Pixel* const* ima
   };
   int64_t p = 0;
   for (; p + n <= pixels; p += n) {
-    Vec<T> m[n];
+    Row m[n]{};
     unroll<n>([&](auto i) __attribute__((always_inline)) {
       if (i < count) {
-        Row row;
-        __builtin_memcpy(&row, images[i] + p, sizeof(row));
-        m[i] = value(__builtin_convertvector(row, Vec<T>));
-      } else {
-        m[i] = Vec<T>{};
+        __builtin_memcpy(&m[i], images[i] + p, sizeof(Row));
       }
     });
-    transpose<T>(m);
-    unroll<n>([&](auto i) __attribute__((always_inline)) { block[position[p + i]] = m[i]; });
+    transpose(m);
+    unroll<n>([&](auto i) __attribute__((always_inline)) {
+      block[position[p + i]] = value(__builtin_convertvector(m[i], Vec<T>));
+    });
   }
   for (; p < pixels; ++p) {
     Vec<T> pixel{};
@@ -117,7 +115,7 @@ void store_rows(T* images, const Vec<T>* block, int64_t features, int64_t stride
   for (; f + n <= features; f += n) {
     Vec<T> m[n];
     unroll<n>([&](auto i) __attribute__((always_inline)) { m[i] = block[f + i]; });
-    transpose<T>(m);
+    transpose(m);
     unroll<n>([&](auto i) __attribute__((always_inline)) {
       if (i < count) {
         store(images + i * stride + f, m[i]);
@@ -174,12 +172,25 @@ class NetworkBlocks {
     const auto load_as = [&]<typename Pixel>(Pixel) {
       const Pixel* sources[kLanes<T>]{};
       for (int64_t i = 0; i < count; ++i) {
-        const int64_t index = images.order != nullptr ? images.order[first + i] : first + i;
-        sources[i] = static_cast<const Pixel*>(images.data) + index * pixels;
+        sources[i] = static_cast<const Pixel*>(images.data) + images.index(first + i) * pixels;
       }
       load_pixels<T, Pixel>(planes, position, sources, pixels, count, images.scale, images.background);
     };
     images.are_bytes ? load_as(uint8_t{}) : load_as(T{});
+  }
+
+  // Shuffled images come from memory, one cache line at a time unless they are asked for before. (Inline: GCC drops
+  // calls of a function that does nothing but this.)
+  LF_INLINE void prefetch(const Images<T>& images, int64_t begin, int64_t end) const {
+    constexpr int64_t line = 64;
+    const int64_t bytes = g_.conv[0].in_channels * images.height * images.width *
+                          (images.are_bytes ? 1 : static_cast<int64_t>(sizeof(T)));
+    for (int64_t i = begin; i < end; ++i) {
+      const char* image = static_cast<const char*>(images.data) + images.index(i) * bytes;
+      for (int64_t at = 0; at < bytes; at += line) {
+        __builtin_prefetch(image + at, 0, 2);
+      }
+    }
   }
 
   // From the loaded images to the last dense layer's output.
@@ -290,13 +301,15 @@ void network_train(const TrainingStep<T>& step, int64_t begin, int64_t end, int6
     for (int b = 0; b < group; ++b) {
       blocks.load(step.images, b, step.chunk_begin + first + b * n, std::min<int64_t>(n, end - first - b * n));
     }
+    const int64_t next = first + group * n;
+    blocks.prefetch(step.images, step.chunk_begin + next, step.chunk_begin + std::min<int64_t>(end, next + kGroup * n));
     blocks.template forward<group>(true);
     for (int b = 0; b < group; ++b) {
       const int64_t at = first + b * n, count = std::min<int64_t>(n, end - at);
       const int64_t* labels[n]{};
       for (int64_t i = 0; i < count; ++i) {
         const int64_t image = step.chunk_begin + at + i;
-        labels[i] = step.labels + (step.images.order != nullptr ? step.images.order[image] : image);
+        labels[i] = step.labels + step.images.index(image);
       }
       const auto loss =
           score_loss<T>(blocks.scores(b), g.classes, g.output == Output::distances ? &step.extra_score : nullptr,

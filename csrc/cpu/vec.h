@@ -72,4 +72,19 @@ LF_INLINE void unroll(F&& f) {
   }(std::make_integer_sequence<int, N>{});
 }
 
+// The sum of the lanes, pairwise: halves onto each other.
+template <typename T>
+LF_INLINE T sum_of_lanes(Vec<T> value) {
+  constexpr int n = kLanes<T>;
+  unroll<n>([&](auto round) __attribute__((always_inline)) {
+    constexpr int width = n >> (round + 1);
+    if constexpr (width > 0) {
+      value += [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+        return __builtin_shufflevector(value, value, ((I + width) % n)...);
+      }(std::make_integer_sequence<int, n>{});
+    }
+  });
+  return value[0];
+}
+
 }  // namespace lenet_fast::cpu::LENET_FAST_ISA
