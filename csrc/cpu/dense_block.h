@@ -6,7 +6,7 @@
 // of a group, every gradient written once a batch.
 #pragma once
 
-#include "conv_block.h"
+#include "conv_layer.h"
 
 namespace lenet_fast::cpu::LENET_FAST_ISA {
 
