@@ -146,5 +146,9 @@ CASES = [
     Case(0, 2, 8, 8, 3, 3),
     Case(0, 2, 8, 8, 3, 3, table=random_table(3, 2), subsample=True),
 ]
+if not INTERPRETED:
+    # Winograd on the CPU: several tiles, neighbouring maps with different connections, an odd number of maps.
+    RAGGED = Connections(3, 6, (0, 1, 2, 3, 4, 5, 8, 12, 13, 14, 15, 16, 17))
+    CASES += [Case(17, 4, 11, 29, 5, 5, 2), Case(19, 6, 9, 8, 3, 5, table=RAGGED)]
 SMALL = Case(2, 2, 7, 6, 3, 3, 1)
 SMALL_CASES = [SMALL, replace(SMALL, table=random_table(3, 2)), replace(SMALL, subsample=True)]

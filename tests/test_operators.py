@@ -177,6 +177,19 @@ def test_nan_and_infinity_propagate_as_in_pytorch(pool, implementation):
         torch.testing.assert_close(output.cpu(), expected, equal_nan=True)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_where_it_belongs(value):
+    """Also by Winograd's algorithm, though it makes NaN of what PyTorch finds infinite."""
+    input, weight, bias = LENET_C3.tensors()
+    input[3, 2, 7, 6] = input[4, 0, 0, 13] = input[5, 5, 13, 0] = value
+    options = {"activation": "identity", "pool": "none"}
+    expected = functional.conv_act_pool(input, weight, bias, backend="reference", **options)
+    output = functional.conv_act_pool(input, weight, bias, backend="native", **options)
+    finite = expected.isfinite()
+    assert torch.equal(output.isfinite(), finite)
+    torch.testing.assert_close(output[finite], expected[finite])
+
+
 @implementation
 @pytest.mark.parametrize("activation", ["sigmoid", "tanh", "scaled_tanh"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -13,16 +13,17 @@ namespace lenet_fast::cpu::LENET_FAST_ISA {
 // Offsets of a range's arrays in its workspace, in vectors.
 template <typename T>
 struct Workspace {
-  int64_t input, output, record, grad_input, scratch, weight_sums, map_sums, end;
+  int64_t weight_points, input, output, record, grad_input, scratch, weight_sums, map_sums, end;
 
   Workspace(const ConvGeometry& g, const BlockLayout& layout, bool backward) {
     int64_t next = 0;
     const auto take = [&next](int64_t vectors) { return std::exchange(next, next + vectors); };
+    weight_points = take(round_up(layout.weight_points_size, kLanes<T>) / kLanes<T>);
     input = take(layout.input_size);
     output = take(g.out_channels * g.out_height() * g.out_width());
     record = take(backward ? layout.record_size : 0);
     grad_input = take(backward ? g.in_channels * g.height * g.width : 0);
-    scratch = take(backward ? layout.scratch_size : 0);
+    scratch = take(std::max(forward_scratch_size(g, layout), backward ? backward_scratch_size(g, layout) : 0));
     weight_sums = take(backward ? layout.weight_sums_size : 0);
     map_sums = take(backward ? layout.map_sums_size : 0);
     end = next;
@@ -101,18 +102,31 @@ Planes<V> dense_planes(V* data, int64_t height, int64_t width) {
   return {data, height * width, width};
 }
 
+// `Arguments`: ConvActPoolForward or ConvActPoolBackward. The points of the weight are put where `points` says.
+template <typename T, typename Arguments>
+ConvLayer<T> prepared_layer(const Arguments& p, Vec<T>* points) {
+  const ConvGeometry& piece = p.bands.piece;
+  const ConvLayer<T> layer{
+      piece, BlockLayout(piece), p.weight, p.bias, p.coefficient, p.subsample_bias, reinterpret_cast<const T*>(points)};
+  if (layer.layout.uses_winograd) {
+    winograd::weight_points(reinterpret_cast<T*>(points), piece.num_connections(), p.weight);
+  }
+  return layer;
+}
+
 template <typename T>
 void conv_act_pool_forward(const ConvActPoolForward<T>& p, int64_t begin, int64_t end, void* memory) {
   const ConvGeometry& piece = p.bands.piece;
-  const ConvLayer<T> layer{piece, BlockLayout(piece), p.weight, p.bias, p.coefficient, p.subsample_bias};
-  const Workspace<T> at(piece, layer.layout, false);
+  const Workspace<T> at(piece, BlockLayout(piece), false);
   const OutputRuns runs(p.geometry, p.bands);
   Vec<T>* const workspace = static_cast<Vec<T>*>(memory);
+  const ConvLayer<T> layer = prepared_layer<T>(p, workspace + at.weight_points);
   const Planes<Vec<T>> output = dense_planes(workspace + at.output, piece.out_height(), piece.out_width());
   std::fill(workspace + at.input, workspace + at.output, Vec<T>{});
   for (int64_t first = begin; first < end; first += kLanes<T>) {
     load_input<T>(layer, p.geometry, p.bands, p.input, first, end, workspace + at.input);
-    forward_block<T>(layer, workspace + at.input, output, block_record<T>(p.record, layer.layout, first));
+    forward_block<T>(layer, workspace + at.input, output, block_record<T>(p.record, layer.layout, first),
+                     workspace + at.scratch);
     const Lanes<T> lanes = block_lanes(p.bands, first, end, p.output, runs.image_size, runs.band_size);
     for (int64_t run = 0; run < runs.count; ++run) {
       store_run<T>(lanes, run * runs.stride, output.data + run * runs.length, runs.length);
@@ -131,10 +145,10 @@ void sum_lanes(T* totals, const Vec<T>* sums, int64_t count, int64_t stride = 1)
 template <typename T>
 void conv_act_pool_backward(const ConvActPoolBackward<T>& p, int64_t begin, int64_t end, void* memory) {
   const ConvGeometry& piece = p.bands.piece;
-  const ConvLayer<T> layer{piece, BlockLayout(piece), p.weight, p.bias, p.coefficient, p.subsample_bias};
-  const Workspace<T> at(piece, layer.layout, true);
+  const Workspace<T> at(piece, BlockLayout(piece), true);
   const OutputRuns runs(p.geometry, p.bands);
   Vec<T>* const workspace = static_cast<Vec<T>*>(memory);
+  const ConvLayer<T> layer = prepared_layer<T>(p, workspace + at.weight_points);
   Vec<T>* const map_sums = workspace + at.map_sums;
   const Planes<Vec<T>> output = dense_planes(workspace + at.output, piece.out_height(), piece.out_width());
   const Planes<Vec<T>> grad_input =
@@ -152,7 +166,7 @@ void conv_act_pool_backward(const ConvActPoolBackward<T>& p, int64_t begin, int6
     load_input<T>(layer, p.geometry, p.bands, p.input, first, end, workspace + at.input);
     const Vec<T>* record = block_record<T>(p.record, layer.layout, first);
     if (record == nullptr) {
-      forward_block<T>(layer, workspace + at.input, output, workspace + at.record);
+      forward_block<T>(layer, workspace + at.input, output, workspace + at.record, workspace + at.scratch);
       record = workspace + at.record;
     }
     const Lanes<const T> lanes = block_lanes(p.bands, first, end, p.grad_output, runs.image_size, runs.band_size);

@@ -4,10 +4,11 @@
 // With M = sum over connections of K*K * conv_height * conv_width multiply-adds an image, forward takes 2 M operations.
 // LeNet-5 at 28x28 (d2l): C1 M = 117,600, C3 M = 240,000 (sparse C3: 150,000).
 //
-// Everything is a loop over connections (output map, input map), so a sparse table is just a shorter loop.
+// Everything is a loop over connections (output map, input map), so a sparse table is just a shorter loop. Layers with
+// many connections take fewer multiplications (conv_winograd.h).
 #pragma once
 
-#include "conv_layer.h"
+#include "conv_winograd.h"
 
 namespace lenet_fast::cpu::LENET_FAST_ISA {
 
@@ -128,32 +129,53 @@ void finish_tile(const Tile<T>& z, int columns, int64_t y, int64_t x, const MapT
   }
 }
 
+inline int64_t forward_scratch_size(const ConvGeometry& g, const BlockLayout& layout) {
+  return layout.uses_winograd ? winograd::forward_scratch_size(g) : 0;
+}
+
 // `input` in the layer's layout; the pooled output of every map into the planes of `output`. `record` (null: not
 // wanted) receives what backward needs.
 template <typename T>
-void forward_block(const ConvLayer<T>& layer, const Vec<T>* input, Planes<Vec<T>> output, Vec<T>* record) {
+void forward_block(const ConvLayer<T>& layer, const Vec<T>* input, Planes<Vec<T>> output, Vec<T>* record,
+                   Vec<T>* scratch) {
   const ConvGeometry& g = layer.g;
   const BlockLayout& layout = layer.layout;
   const auto finish = with_activation(g.activation, [&]<Activation A>() {
     return with_pool(
         g.pool, [&]<Pool P>() { return record != nullptr ? finish_tile<A, P, true, T> : finish_tile<A, P, false, T>; });
   });
+  const auto target = [&](int64_t map) {
+    const bool subsample = g.pool == Pool::subsample;
+    return MapTarget<T>{.output = output.at(map, 0),
+                        .output_row = output.row,
+                        .height = g.out_height(),
+                        .width = g.out_width(),
+                        .record = record != nullptr ? record + map * layout.map_record : nullptr,
+                        .record_row = layout.columns / 2 * window_record(g.pool),
+                        .coefficient = subsample ? layer.coefficient[map] : T(0),
+                        .subsample_bias = subsample ? layer.subsample_bias[map] : T(0)};
+  };
+  if constexpr (winograd::kFitsRegisters) {
+    if (layout.uses_winograd) {
+      for (int64_t y = 0; y < layout.rows; y += 2) {
+        for_each_tile(layout.columns, [&](int64_t x, auto width) __attribute__((always_inline)) {
+          const Tile<T>* z = winograd::conv_tiles<width, T>(scratch, layer, input, y, x);
+          for (int64_t map = 0; map < g.out_channels; ++map) {
+            finish(z[map], width, y, x, target(map));
+          }
+        });
+      }
+      return;
+    }
+  }
   with_kernel_size(g.kernel_size, [&](auto K) {
     for (int64_t map = 0; map < g.out_channels; ++map) {
-      const bool subsample = g.pool == Pool::subsample;
-      const MapTarget<T> target{.output = output.at(map, 0),
-                                .output_row = output.row,
-                                .height = g.out_height(),
-                                .width = g.out_width(),
-                                .record = record != nullptr ? record + map * layout.map_record : nullptr,
-                                .record_row = layout.columns / 2 * window_record(g.pool),
-                                .coefficient = subsample ? layer.coefficient[map] : T(0),
-                                .subsample_bias = subsample ? layer.subsample_bias[map] : T(0)};
+      const MapTarget<T> to = target(map);
       Tile<T> z;
       for (int64_t y = 0; y < layout.rows; y += 2) {
         for_each_tile(layout.columns, [&](int64_t x, auto width) __attribute__((always_inline)) {
           conv_tile<K, width, T>(z, layer, input, map, y, x);
-          finish(z, width, y, x, target);
+          finish(z, width, y, x, to);
         });
       }
     }

@@ -200,6 +200,11 @@ void input_gradient(const ConvLayer<T>& layer, const Vec<T>* grads, Planes<Vec<T
   }
 }
 
+inline int64_t backward_scratch_size(const ConvGeometry& g, const BlockLayout& layout) {
+  return g.out_channels * layout.rows * layout.columns +
+         (layout.uses_winograd ? winograd::gradient_scratch_size(g, layout) : layout.columns + g.kernel_size);
+}
+
 // `record` and `input` of forward_block. Adds to `sums`; writes the height x width pixels of each plane of `grad_input`
 // (data null: not wanted). Lanes outside `valid` (-1 where there is an image) add nothing.
 template <typename T>
@@ -223,7 +228,11 @@ void backward_block(const ConvLayer<T>& layer, VecInt<T> valid, const Vec<T>* re
       });
     }
     if (grad_input.data != nullptr) {
-      input_gradient<K, T>(layer, scratch, grad_input, scratch + g.out_channels * map_size);
+      auto gradient = input_gradient<K, T>;
+      if constexpr (winograd::kFitsRegisters) {
+        gradient = layout.uses_winograd ? winograd::input_gradient<T> : gradient;
+      }
+      gradient(layer, scratch, grad_input, scratch + g.out_channels * map_size);
     }
   });
 }

@@ -4,7 +4,7 @@
 // LeNet-5 (d2l), 16 lanes: C1 by columns 8,400 vector multiply-adds of 7,350 at least, C3 by maps 15,000 of 15,000.
 #pragma once
 
-#include "conv_layer.h"
+#include "conv_block.h"
 #include "image_block.h"
 
 namespace lenet_fast::cpu::LENET_FAST_ISA {

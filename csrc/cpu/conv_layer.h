@@ -3,6 +3,7 @@
 #pragma once
 
 #include "vec_math.h"
+#include "winograd.h"
 
 namespace lenet_fast::cpu::LENET_FAST_ISA {
 
@@ -29,7 +30,8 @@ struct BlockLayout {
   int64_t input_row, input_plane, input_size;  // padded input planes; padding and slack are 0
   int64_t input_begin;                         // the first pixel inside the padding
   int64_t map_record, record_size;             // what forward keeps for backward, of a map and of all
-  int64_t scratch_size;                        // for backward
+  bool uses_winograd;                          // conv_winograd.h
+  int64_t weight_points_size;                  // scalars
   int64_t weight_sums_size, map_sums_size;
 
   explicit BlockLayout(const ConvGeometry& g)
@@ -41,7 +43,9 @@ struct BlockLayout {
         input_begin(g.padding * input_row + g.padding),
         map_record(rows * columns / 4 * window_record(g.pool)),
         record_size(g.out_channels * map_record),
-        scratch_size(g.out_channels * rows * columns + columns + g.kernel_size),
+        uses_winograd(winograd::kFitsRegisters && g.kernel_size == winograd::kTaps &&
+                      g.num_connections() >= 4 * g.out_channels),  // fewer save less than the points of the input cost
+        weight_points_size(uses_winograd ? winograd::kPoints * winograd::kPoints * g.num_connections() : 0),
         weight_sums_size(g.num_connections() * g.kernel_size * g.kernel_size),
         map_sums_size(3 * g.out_channels) {}
 };
@@ -52,6 +56,7 @@ struct ConvLayer {
   BlockLayout layout;
   const T *weight, *bias;                 // bias may be null
   const T *coefficient, *subsample_bias;  // (out_channels) for Pool::subsample
+  const T* weight_points;                 // (7, connections, 7) where the layout uses Winograd's algorithm
 
   // The pixels inside the padding of a block of input planes: where a block is loaded, or the layer before writes to.
   template <typename V>

@@ -27,7 +27,7 @@ struct NetworkLayout {
     int64_t grad_conv[kMaxConvs];        // of the inputs of the convolutions but the first
     int64_t end;
   };
-  int64_t weight_sums[kMaxConvs], map_sums[kMaxConvs];
+  int64_t weight_sums[kMaxConvs], map_sums[kMaxConvs], weight_points[kMaxConvs];
   int64_t sums_end, positions, scratch, end;
   Block block[kGroup];
 
@@ -45,7 +45,10 @@ struct NetworkLayout {
     positions = take((first.in_channels * first.height * first.width + lanes - 1) / lanes);
     int64_t most = 0;
     for (int l = 0; l < n.num_convs; ++l) {
-      most = std::max(most, training ? BlockLayout(n.conv[l]).scratch_size : 0);
+      const BlockLayout layout(n.conv[l]);
+      weight_points[l] = take(round_up(layout.weight_points_size, kLanes<T>) / kLanes<T>);
+      most = std::max(
+          {most, forward_scratch_size(n.conv[l], layout), training ? backward_scratch_size(n.conv[l], layout) : 0});
     }
     scratch = take(most);
     for (Block& b : block) {
@@ -165,6 +168,16 @@ class NetworkBlocks {
     }
   }
 
+  // What is made of the parameters: once before every use of new ones.
+  void prepare_weights() {
+    for (int l = 0; l < g_.num_convs; ++l) {
+      if (layer(l).layout.uses_winograd) {
+        winograd::weight_points(reinterpret_cast<T*>(memory_ + layout_.weight_points[l]), g_.conv[l].num_connections(),
+                                n_.conv[l].weight.value);
+      }
+    }
+  }
+
   void load(const Images<T>& images, int b, int64_t first, int64_t count) {
     const int64_t pixels = g_.conv[0].in_channels * images.height * images.width;
     Vec<T>* const planes = memory_ + layout_.block[b].conv_input[0];
@@ -205,7 +218,7 @@ class NetworkBlocks {
                 ? layer(l + 1).inner(memory_ + block.conv_input[l + 1])
                 : Planes<Vec<T>>{memory_ + block.dense[0], g.out_height() * g.out_width(), g.out_width()};
         forward_block<T>(layer(l), memory_ + block.conv_input[l], output,
-                         training ? memory_ + block.record[l] : nullptr);
+                         training ? memory_ + block.record[l] : nullptr, memory_ + layout_.scratch);
       }
     }
     for (int l = 0; l < g_.num_denses; ++l) {
@@ -277,8 +290,13 @@ class NetworkBlocks {
  private:
   ConvLayer<T> layer(int l) const {
     const ConvParameters<T>& p = n_.conv[l];
-    return {g_.conv[l],   BlockLayout(g_.conv[l]), p.weight.value,
-            p.bias.value, p.coefficient.value,     p.subsample_bias.value};
+    return {g_.conv[l],
+            BlockLayout(g_.conv[l]),
+            p.weight.value,
+            p.bias.value,
+            p.coefficient.value,
+            p.subsample_bias.value,
+            reinterpret_cast<const T*>(memory_ + layout_.weight_points[l])};
   }
 
   const Network<T>& n_;
@@ -294,6 +312,7 @@ void network_train(const TrainingStep<T>& step, int64_t begin, int64_t end, int6
   const NetworkGeometry& g = step.network->geometry;
   NetworkBlocks<T> blocks(*step.network, step.thread_memory + step.thread_stride * thread, true);
   if (step.first_chunk) {
+    blocks.prepare_weights();
     blocks.clear_sums();
   }
   BlockLoss<T> total{};
@@ -402,6 +421,7 @@ void network_infer(const Network<T>& network, const Images<T>& images, int64_t b
   constexpr int n = kLanes<T>;
   const NetworkGeometry& g = network.geometry;
   NetworkBlocks<T> blocks(network, memory, false);
+  blocks.prepare_weights();
   const auto run = [&](auto group, int64_t first) {
     for (int b = 0; b < group; ++b) {
       blocks.load(images, b, first + b * n, std::min<int64_t>(n, end - first - b * n));

@@ -64,6 +64,16 @@ LF_INLINE Vec<T> at_most(Vec<T> value, T bound) {
   return value > bound ? splat(bound) : value;
 }
 
+// Have the compiler load `value` here and once, rather than from memory at every use.
+template <typename V>
+LF_INLINE void load_once([[maybe_unused]] V& value) {
+#if defined(__x86_64__)
+  asm("" : "+v"(value));
+#elif defined(__aarch64__)
+  asm("" : "+w"(value));
+#endif
+}
+
 // Call f with the compile-time indices 0 .. N-1: the only loop that reliably keeps an array in registers.
 template <int N, typename F>
 LF_INLINE void unroll(F&& f) {
