@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .fusable import ACTIVATIONS, CONV_OPTIONS, HOOKS, NO_POOLING, POOL_OPTIONS, POOLS, LeftAlone, is_observed, matches
+from .fusable import ACTIVATIONS, CONV_OPTIONS, NO_POOLING, POOL_OPTIONS, POOLS, LeftAlone, is_observed, matches
 from .nn import ConvActPool2d, FusedConv2d
+from .snapshot import HOOKS
 from .tracing import Trace, original_class, trace_forward
 
 __all__ = ["Report", "Run", "accelerate", "report", "restore"]

@@ -733,6 +733,139 @@ def test_changes_of_the_model_are_noticed():
         trainer.step(images, labels)
 
 
+def changes_between_steps():
+    """Of a model and its optimizer, after the first step; each makes the second step another one."""
+
+    def parameter_data(model, optimizer):
+        model.output.weight.data = 2 * model.output.weight.data
+
+    def parameter_in_place(model, optimizer):
+        with torch.no_grad():
+            model.output.weight.mul_(2)
+
+    def frozen(model, optimizer):
+        model.output.weight.requires_grad_(False)
+
+    def thawed(model, optimizer):
+        model.conv1.bias.requires_grad_(True)
+
+    def state_cleared(model, optimizer):
+        optimizer.state.clear()
+
+    def moments_replaced(model, optimizer):
+        state = optimizer.state[model.output.weight]
+        for name in state.keys() - {"step"}:
+            state[name] = 2 * state[name]
+
+    def one_state_replaced(model, optimizer):
+        state = optimizer.state[model.output.weight]
+        optimizer.state[model.output.weight] = {name: value + 1 for name, value in state.items()}
+
+    def state_loaded(model, optimizer):
+        state = copy.deepcopy(optimizer.state_dict())
+        for moments in state["state"].values():
+            for value in moments.values():
+                value.add_(1)
+        optimizer.load_state_dict(state)
+
+    def settings(model, optimizer):
+        optimizer.param_groups[0].update(lr=0.3, weight_decay=0.2)
+
+    def class_of_a_layer(model, optimizer):
+        model.act3.__class__ = nn.Tanh
+
+    def option_of_a_layer(model, optimizer):
+        model.conv2.padding = (1, 1)
+        model.dense.weight.data = model.dense.weight.data.repeat(1, 2)[:, : 6 * 16].contiguous()
+        model.dense.in_features = 6 * 16
+        optimizer.state.clear()
+
+    return [value for value in locals().values() if callable(value)]
+
+
+@pytest.mark.parametrize("change", changes_between_steps(), ids=lambda change: change.__name__)
+@pytest.mark.parametrize("settings", [SETTINGS[1], SETTINGS[3]], ids=lambda settings: settings["optimizer"])
+def test_what_changes_between_steps_counts(change, settings):
+    torch.manual_seed(0)
+    model = lenet().double()
+    model.conv1.bias.requires_grad_(False)
+    twin, unchanged = copy.deepcopy(model), copy.deepcopy(model)
+    images, labels = images_like(5, (1, 20, 20))
+    trainer, other = FusedTrainer(model, **settings), FusedTrainer(unchanged, **settings)
+    optimizer = plain_optimizer(twin, settings)
+    for step in range(3):
+        if step == 1:
+            change(model, trainer.optimizer)
+            change(twin, optimizer)
+        trainer.step(images, labels)
+        other.step(images, labels)
+        plain_step(twin, optimizer, images, labels, nn.CrossEntropyLoss())
+    assert_parameters_close(model, twin, 1e-12)
+    assert any(
+        a.shape != b.shape or (a - b).abs().max() > 1e-6
+        for a, b in zip(model.parameters(), unchanged.parameters(), strict=True)
+    )
+
+
+def bad_changes_between_steps():
+    """The same, but no step can be taken then."""
+
+    def smaller(model, trainer):
+        model.output.weight.data = model.output.weight.data[:, :10].contiguous()
+
+    def smaller_in_the_same_place(model, trainer):
+        model.output.weight.data = model.output.weight.data[:5]
+
+    def transposed(model, trainer):
+        model.output.weight.data = model.output.weight.data.t()
+
+    def another_dtype(model, trainer):
+        model.output.weight.data = model.output.weight.data.double()
+
+    def half(model, trainer):
+        model.half()
+
+    def overlapping(model, trainer):
+        memory = torch.zeros(220)
+        model.output.weight.data = memory[:200].view(10, 20)
+        model.output.bias.data = memory[195:205]
+
+    def moment_of_another_size(model, trainer):
+        trainer.optimizer.state[model.output.weight]["exp_avg"] = torch.zeros(3)
+
+    def moment_resized(model, trainer):
+        trainer.optimizer.state[model.output.weight]["exp_avg_sq"].resize_(10, 10)
+
+    def count_of_another_dtype(model, trainer):
+        trainer.optimizer.state[model.output.weight]["step"] = torch.zeros((), dtype=torch.float64)
+
+    def parameter_out_of_the_optimizer(model, trainer):
+        trainer.optimizer.param_groups[0]["params"].pop()
+
+    def parameter_replaced_in_the_optimizer(model, trainer):
+        trainer.optimizer.param_groups[0]["params"][-1] = nn.Parameter(torch.zeros(10))
+
+    def second_group(model, trainer):
+        trainer.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+
+    return [value for value in locals().values() if callable(value)]
+
+
+@pytest.mark.parametrize("change", bad_changes_between_steps(), ids=lambda change: change.__name__)
+def test_what_cannot_be_trained_any_more_is_refused(change):
+    model = lenet()
+    trainer = FusedTrainer(model, "adam", lr=0.1)
+    images, labels = images_like(5, (1, 20, 20), torch.float32)
+    trainer.step(images, labels)
+    change(model, trainer)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for _ in range(2):  # and the second time as the first
+        with pytest.raises((RuntimeError, ValueError, TypeError)):
+            trainer.step(images, labels)
+    for parameter, value in zip(model.parameters(), before, strict=True):
+        assert torch.equal(parameter, value)
+
+
 def test_sizes_that_do_not_fit_are_refused():
     trainer = FusedTrainer(lenet(), lr=0.1)
     for shape, part in (
