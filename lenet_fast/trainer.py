@@ -102,6 +102,7 @@ class FusedTrainer:
         self._operands = TrainingOperands(model)
         self._kind = optimizer
         self._j = float(j)
+        self._pace = 0, 1  # batch size, steps a native call
         common = {"lr": lr, "weight_decay": weight_decay}
         parameters = model.parameters()
         # fused: the same state as train.AutogradEngine's, and the fastest way to go on without this class
@@ -200,7 +201,7 @@ class FusedTrainer:
             raise ValueError(f"learning_rates: expected one for each of the {steps} steps, got {len(rates)}")
         order = order.to(images.device)
         losses, correct = [], []
-        done, steps_a_call = 0, 1
+        done, steps_a_call = 0, self._pace[1] if self._pace[0] == batch_size else 1
         while done < steps:
             stop = min(steps, done + steps_a_call)
             part = order[done * batch_size : stop * batch_size]
@@ -216,6 +217,7 @@ class FusedTrainer:
                 if on_step is not None:
                     on_step(done, loss)
             steps_a_call = max(1, min(4 * steps_a_call, int(_CALL_SECONDS / seconds * len(part_losses))))
+            self._pace = batch_size, steps_a_call
         return torch.cat(losses), torch.cat(correct)
 
     def state_dict(self) -> dict[str, Any]:
