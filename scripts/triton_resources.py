@@ -86,7 +86,7 @@ def _tensors(
 
 def launches() -> list[tuple]:
     """(kernel's name, signature, constants, divisible arguments, warps) of every launch of the calls, once each."""
-    from lenet_fast import triton_conv, triton_dense
+    from lenet_fast import ops, triton_conv, triton_dense
 
     found = {}
 
@@ -111,11 +111,10 @@ def launches() -> list[tuple]:
 
     with mock.patch.object(triton_conv, "launch", record), mock.patch.object(triton_dense, "launch", record):
         for name, arguments in calls():
-            module = triton_conv if hasattr(triton_conv, name) else triton_dense
-            output = getattr(module, name)(*arguments)
+            output = ops.triton[name].run_triton(*arguments)
             tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
             needs = (tensors[0].shape[1] > 1, *(True for _ in tensors[1:]))  # nobody needs the gradient of the images
-            getattr(module, f"{name}_backward")(torch.empty_like(output), *arguments, *needs)
+            ops.triton[name].run_triton_backward(torch.empty_like(output), *arguments, *needs)
     return list(found.values())
 
 
