@@ -105,7 +105,7 @@ class FusedTrainer:
         self._pace = 0, 1  # batch size, steps a native call
         common = {"lr": lr, "weight_decay": weight_decay}
         parameters = model.parameters()
-        # fused: the same state as train.AutogradEngine's, and the fastest way to go on without this class
+        # fused: the same state as engines.AutogradEngine's, and the fastest way to go on without this class
         self.optimizer: torch.optim.Optimizer = {
             "sgd": lambda: torch.optim.SGD(parameters, **common, momentum=momentum, nesterov=nesterov, fused=True),
             "adam": lambda: torch.optim.Adam(parameters, **common, betas=betas, eps=eps, fused=True),
