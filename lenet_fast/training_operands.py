@@ -86,8 +86,11 @@ class TrainingOperands:
         """What can change of parameters that stay the same objects; the native step checks their sizes."""
         return [
             (
-                *(p.data_ptr(), p.dtype, p.stride(), p.requires_grad),
-                *(not p._backward_hooks, not p._post_accumulate_grad_hooks),
+                p.data_ptr(),
+                p.dtype,
+                p.stride(),
+                p.requires_grad,
+                bool(p._backward_hooks or p._post_accumulate_grad_hooks),
             )
             for p in self.parameters
         ]
