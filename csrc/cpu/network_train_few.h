@@ -176,7 +176,7 @@ class FewImages {
                          images_, step_.factor);
   }
 
-  // From the gradient of the scores to those of all parameters.
+  // From the gradient of the scores to updated parameters: a layer's are when no gradient needs them any more.
   void backward() {
     const auto* const block = reinterpret_cast<const Vec<T>*>(values_ + at_.block);
     for (int64_t i = 0; i < images_; ++i) {
@@ -202,21 +202,6 @@ class FewImages {
     }
   }
 
-  void update() {
-    for (int l = 0; l < g_.num_convs; ++l) {
-      const ConvGeometry& conv = g_.conv[l];
-      const ConvParameters<T>& p = network_.conv[l];
-      update_parameter<T>(p.weight, 0, conv.num_connections() * conv.kernel_size * conv.kernel_size);
-      for (const Parameter<T>* parameter : {&p.bias, &p.coefficient, &p.subsample_bias}) {
-        update_parameter<T>(*parameter, 0, conv.out_channels);
-      }
-    }
-    for (int l = 0; l < g_.num_denses; ++l) {
-      update_parameter<T>(network_.dense[l].weight, 0, g_.dense[l].out_features * g_.dense[l].in_features);
-      update_parameter<T>(network_.dense[l].bias, 0, g_.dense[l].out_features);
-    }
-  }
-
  private:
   void dense_backward(int l) {
     const DenseGeometry& dense = g_.dense[l];
@@ -229,16 +214,22 @@ class FewImages {
         by_feature[f * images_ + i] = grads[i * dense.out_features + f];
       }
     }
-    dense_weight_gradient<T>(p.weight.grad, dense.in_features, 0, dense.out_features, false, by_feature, images_,
-                             values_ + at_.dense[l], dense.in_features, images_);
-    if (p.bias.value != nullptr) {
-      dense_bias_gradient<T>(p.bias.grad, 0, dense.out_features, false, by_feature, images_, images_);
-    }
     for (int64_t i = 0; i < images_; ++i) {
       const T* const grad = row(at_.grad_dense, l + 1, i);
       reduce_columns<T>(p.weight.value, dense.out_features, dense.in_features, row(at_.grad_dense, l, i),
                         [&](Vec<T> sum, int64_t f, int64_t, Vec<T> weight)
                             __attribute__((always_inline)) { return sum + grad[f] * weight; });
+    }
+    constexpr int64_t rows = 2 * kGradientRows;  // their gradients are still in the L1 cache when they are updated
+    for (int64_t begin = 0; begin < dense.out_features; begin += rows) {
+      const int64_t end = std::min(begin + rows, dense.out_features);
+      dense_weight_gradient<T>(p.weight.grad, dense.in_features, begin, end, false, by_feature, images_,
+                               values_ + at_.dense[l], dense.in_features, images_);
+      update_parameter<T>(p.weight, begin * dense.in_features, end * dense.in_features);
+    }
+    if (p.bias.value != nullptr) {
+      dense_bias_gradient<T>(p.bias.grad, 0, dense.out_features, false, by_feature, images_, images_);
+      update_parameter<T>(p.bias, 0, dense.out_features);
     }
   }
 
@@ -262,6 +253,11 @@ class FewImages {
                               0, bands.piece.batch, values_ + at_.workspace);
     if (pieces != grad_input) {
       merge_bands(grad_input, pieces, at_.conv[l], bands);
+    }
+    const ConvGeometry& conv = g_.conv[l];
+    update_parameter<T>(p.weight, 0, conv.num_connections() * conv.kernel_size * conv.kernel_size);
+    for (const Parameter<T>* parameter : {&p.bias, &p.coefficient, &p.subsample_bias}) {
+      update_parameter<T>(*parameter, 0, conv.out_channels);
     }
   }
 
@@ -293,7 +289,6 @@ void network_train_few(const TrainingStep<T>& step, void* memory) {
   step.correct[0] = loss.correct;
   if (std::isfinite(loss.loss)) {
     images.backward();
-    images.update();
   }
 }
 
