@@ -248,7 +248,7 @@ class FusedTrainer:
         scale, background = (0.0, 0.0) if spec is None else ((spec.foreground - spec.background) / 255, spec.background)
         torch.autograd.graph.increment_version(operands.trained)
         losses, correct = torch.ops.lenet_fast.network_train.default(
-            operands.numbers(self._image_size(images)),
+            self._numbers_for(images),
             operands.tensors,
             operands.first_moments,
             operands.second_moments,
@@ -305,16 +305,16 @@ class FusedTrainer:
             )
         if labels.is_cuda:  # on the CPU the native step looks at them
             low, high = torch.stack(labels.aminmax()).tolist()
-            classes = self._operands.numbers(self._image_size(images))[4]
+            classes = self._numbers_for(images)[4]
             if low < 0 or high >= classes:
                 raise ValueError(f"labels: expected 0 to {classes - 1}, got {low} to {high}")
         return images.contiguous(), labels.to(torch.int64).contiguous()
 
-    def _image_size(self, images: Tensor) -> tuple[int, int, int]:
-        """(C, H, W) as they come to the network."""
+    def _numbers_for(self, images: Tensor) -> list[int]:
+        """The network for images of this size, as the operators are told it."""
         if images.dtype == torch.uint8:
-            return 1, self.input_spec.size, self.input_spec.size
-        return tuple(images.shape[1:])
+            return self._operands.numbers((1, self.input_spec.size, self.input_spec.size))
+        return self._operands.numbers(tuple(images.shape[1:]))
 
 
 def _not_finite(step: int) -> str:
