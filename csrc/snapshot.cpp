@@ -1,5 +1,5 @@
-// Whether some objects and dictionaries are as they were (lenet_fast/snapshot.py), in a fraction of the time that Python
-// takes. Free of tensors.
+// Whether some objects and dictionaries are as they were (lenet_fast/snapshot.py), in a fraction of the time that
+// Python takes. Free of tensors.
 #include <Python.h>
 
 namespace {
@@ -52,11 +52,12 @@ PyObject* holds(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   Py_RETURN_TRUE;
 }
 
-PyMethodDef methods[] = {{"holds", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&holds)), METH_FASTCALL,
-                          "Whether each object of (object, type, ...) is of that type, each dict of (dict, length, ...) has "
-                          "that length, and each of (dict, key, value, ...) that value there: the same object, or an "
-                          "equal int, float, str or tuple."},
-                         {nullptr, nullptr, 0, nullptr}};
+PyMethodDef methods[] = {
+    {"holds", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&holds)), METH_FASTCALL,
+     "Whether each object of (object, type, ...) is of that type, each dict of (dict, length, ...) has "
+     "that length, and each of (dict, key, value, ...) that value there: the same object, or an "
+     "equal int, float, str or tuple."},
+    {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT,
                       "_snapshot",

@@ -261,10 +261,7 @@ class FewImages {
     }
   }
 
-  int64_t image(int64_t i) const {
-    const int64_t position = step_.chunk_begin + i;
-    return step_.images.order != nullptr ? step_.images.order[position] : position;
-  }
+  int64_t image(int64_t i) const { return step_.images.index(step_.chunk_begin + i); }
 
   // Image i's features before dense layer l, or their gradient.
   T* row(const int64_t* offsets, int l, int64_t i) const {
