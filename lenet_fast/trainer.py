@@ -247,7 +247,7 @@ class FusedTrainer:
         spec = self.input_spec
         scale, background = (0.0, 0.0) if spec is None else ((spec.foreground - spec.background) / 255, spec.background)
         torch.autograd.graph.increment_version(operands.trained)
-        losses, correct = torch.ops.lenet_fast.network_train.default(
+        losses, correct = torch.ops.lenet_fast.network_train(
             self._numbers_for(images),
             operands.tensors,
             operands.first_moments,
