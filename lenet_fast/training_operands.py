@@ -34,6 +34,9 @@ class TrainingOperands:
         _refuse_hooks_on_all_modules()
         self._read()
 
+    def __reduce__(self) -> tuple:
+        return TrainingOperands, (self.model,)  # a copy looks at the dictionaries of its own model
+
     @property
     def parameter(self) -> nn.Parameter:
         """One for all: they agree in dtype and device."""

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -886,6 +887,22 @@ def test_what_cannot_be_trained_any_more_is_refused(change):
             trainer.step(images, labels)
     for parameter, value in zip(model.parameters(), before, strict=True):
         assert torch.equal(parameter, value)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda trainer: pickle.loads(pickle.dumps(trainer))])
+def test_a_copy_is_on_its_own(copied):
+    images, labels = images_like(5, (1, 20, 20), torch.float32)
+    trainer = FusedTrainer(lenet(), "adam", lr=0.01)
+    trainer.step(images, labels)
+    other = copied(trainer)
+    before = copy.deepcopy(trainer.model)
+    other.step(images, labels)
+    assert_parameters_close(trainer.model, before, 0)
+    trainer.step(images, labels)
+    assert_parameters_close(trainer.model, other.model, 0)
+    other.model.conv1.stride = (2, 2)
+    with pytest.raises(NetworkError, match="conv1: stride"):
+        other.step(images, labels)
 
 
 def test_sizes_that_do_not_fit_are_refused():
