@@ -156,7 +156,14 @@ _EVERYWHERE = {
     "compile-bfloat16": Contestant(_with(autocasts=True), compiled=True, dtype="bfloat16 autocast"),
 }
 CONTESTANTS: Mapping[str, Mapping[str, Contestant]] = {
-    "cpu": {**_EVERYWHERE, "jax": Contestant(jax_networks.train_step_by_step, compiled=True)},
+    "cpu": {
+        **_EVERYWHERE,
+        "compile-fused-sgd": Contestant(_with(memory_format=torch.contiguous_format), compiled=True),
+        "compile-max-autotune-update": Contestant(
+            _with(optimizer={"foreach": True}, compiles_update=True, compile_options=_TUNED), compiled=True
+        ),
+        "jax": Contestant(jax_networks.train_step_by_step, compiled=True),
+    },
     "cuda": {
         **_EVERYWHERE,
         "compile-graph": Contestant(_with(memory_format=torch.contiguous_format, captures=True), compiled=True),

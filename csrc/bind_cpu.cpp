@@ -33,25 +33,6 @@ auto with_compute_type(const Tensor& input, F&& f) {
   return input.scalar_type() == ScalarType::Double ? f(double{}, ScalarType::Double) : f(float{}, ScalarType::Float);
 }
 
-// The gradient of the input from that of its bands' pieces, which overlap.
-template <typename T>
-void merge_bands(T* grad_input, const T* pieces, const ConvGeometry& image, const Bands& bands) {
-  const ConvGeometry& piece = bands.piece;
-  std::fill(grad_input, grad_input + image.batch * image.in_channels * image.height * image.width, T(0));
-  for (int64_t p = 0; p < piece.batch; ++p) {
-    const int64_t top = p % bands.per_image * bands.conv_rows() - bands.frame;
-    for (int64_t c = 0; c < image.in_channels; ++c) {
-      T* target = grad_input + (p / bands.per_image * image.in_channels + c) * image.height * image.width;
-      const T* source = pieces + (p * piece.in_channels + c) * piece.height * piece.width + bands.frame;
-      for (int64_t y = std::max<int64_t>(0, -top); y < std::min(piece.height, image.height - top); ++y) {
-        for (int64_t x = 0; x < image.width; ++x) {
-          target[(top + y) * image.width + x] += source[y * piece.width + x];
-        }
-      }
-    }
-  }
-}
-
 // A new contiguous tensor. `new_empty` goes through the dispatcher, which takes longer than a small convolution.
 Tensor allocate(const std::vector<int64_t>& sizes, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size(), 1);

@@ -1,5 +1,5 @@
 // Training of a whole network on the CPU: lay out one workspace, run the two phases of each step in PyTorch's thread
-// pool.
+// pool, or a step on a few images right here.
 #include <algorithm>
 #include <cmath>
 
@@ -48,12 +48,15 @@ class TrainingRun {
  public:
   TrainingRun(Training<T>& training, const Tensor& like)
       : t_(training), g_(training.network.geometry), kernel_(kernels().network<T>()) {
-    const int64_t chunk = std::min({t_.total, t_.batch_size, kChunk});
+    const int64_t largest = std::min(t_.total, t_.batch_size), last = t_.total % t_.batch_size;
+    const int64_t few = is_few(largest) ? largest : is_few(last) ? last : 0;
+    const int64_t chunk = is_few(largest) ? 0 : std::min(largest, kChunk);
     const int64_t blocks = blocks_of(chunk), padded = blocks * kernel_.lanes;
     threads_ = std::max<int64_t>(1, std::min<int64_t>(blocks, torch::stable::get_num_threads()));
     thread_stride_ = static_cast<int64_t>((kernel_.thread_bytes(g_, true) + 63) / 64 * 64);
     Arena arena;
-    const size_t thread_memory = arena.take(threads_ * thread_stride_);
+    const size_t thread_memory = arena.take(chunk > 0 ? threads_ * thread_stride_ : 0);
+    const size_t few_memory = arena.take(few > 0 ? static_cast<int64_t>(kernel_.few_training_bytes(g_, few)) : 0);
     const size_t losses = arena.take(threads_ * int64_t{sizeof(double)});
     const size_t correct = arena.take(threads_ * int64_t{sizeof(int64_t)});
     std::vector<size_t> grads;
@@ -81,14 +84,17 @@ class TrainingRun {
     step_.images = t_.images;
     step_.labels = t_.labels;
     step_.extra_score = t_.extra_score;
+    few_memory_ = memory + few_memory;
     step_.thread_memory = memory + thread_memory;
     step_.thread_stride = thread_stride_;
     step_.threads = threads_;
     step_.losses = reinterpret_cast<double*>(memory + losses);
     step_.correct = reinterpret_cast<int64_t*>(memory + correct);
-    in_parallel([&](int64_t thread) {
-      kernel_.prepare(t_.network, t_.images, true, step_.thread_memory + thread * thread_stride_);
-    });
+    if (chunk > 0) {
+      in_parallel([&](int64_t thread) {
+        kernel_.prepare(t_.network, t_.images, true, step_.thread_memory + thread * thread_stride_);
+      });
+    }
   }
 
   // Step `number`: its mean loss and the number of images right. Where the loss is not finite, nothing is updated.
@@ -98,9 +104,31 @@ class TrainingRun {
       one.parameter->update = update_of<T>(t_.settings, one.trains, one.count != nullptr ? *one.count + 1 : 0,
                                            t_.learning_rates[static_cast<size_t>(number)]);
     }
+    step_.factor = static_cast<T>(1.0 / static_cast<double>(batch));
+    const auto [loss, right] = is_few(batch) ? take_few(first, batch) : take_blocks(first, batch);
+    for (const auto& one : t_.trained) {
+      if (one.count != nullptr && one.trains && std::isfinite(loss)) {
+        *one.count += 1;
+      }
+    }
+    return {loss / static_cast<double>(batch), right};
+  }
+
+ private:
+  // Half of a block's lanes would be empty, or more.
+  bool is_few(int64_t images) const { return images > 0 && 2 * images <= kernel_.lanes; }
+
+  // The batch of a step: summed loss and number right.
+  std::tuple<double, int64_t> take_few(int64_t first, int64_t batch) {
+    step_.chunk_begin = first;
+    step_.chunk_size = batch;
+    kernel_.train_few(step_, few_memory_);
+    return {step_.losses[0], step_.correct[0]};
+  }
+
+  std::tuple<double, int64_t> take_blocks(int64_t first, int64_t batch) {
     std::fill(step_.losses, step_.losses + threads_, 0.0);
     std::fill(step_.correct, step_.correct + threads_, int64_t{0});
-    step_.factor = static_cast<T>(1.0 / static_cast<double>(batch));
     double loss = 0;
     int64_t right = 0;
     for (int64_t at = 0; at < batch && std::isfinite(loss); at += kChunk) {
@@ -123,15 +151,9 @@ class TrainingRun {
         in_parallel([&](int64_t thread) { kernel_.update(step_, thread, threads_); });
       }
     }
-    for (const auto& one : t_.trained) {
-      if (one.count != nullptr && one.trains && std::isfinite(loss)) {
-        *one.count += 1;
-      }
-    }
-    return {loss / static_cast<double>(batch), right};
+    return {loss, right};
   }
 
- private:
   int64_t blocks_of(int64_t images) const { return (images + kernel_.lanes - 1) / kernel_.lanes; }
 
   template <typename F>
@@ -148,6 +170,7 @@ class TrainingRun {
   const NetworkKernels<T>& kernel_;
   int64_t threads_, thread_stride_;
   Tensor memory_;
+  char* few_memory_;
   TrainingStep<T> step_{};
 };
 
@@ -169,6 +192,9 @@ struct Backend {
         if (!std::isfinite(loss_of[done++])) {
           break;
         }
+      }
+      if (done == training.steps) {  // a view of all is a twentieth of a small step
+        return std::tuple(losses, correct);
       }
       return std::tuple(torch::stable::narrow(losses, 0, 0, done), torch::stable::narrow(correct, 0, 0, done));
     });

@@ -1,5 +1,5 @@
-// Whether some dictionaries are as they were: what the forward of a model in one native call asks before each call
-// (lenet_fast/native_forward.py), in a fraction of the time that Python takes. Free of tensors.
+// Whether some objects and dictionaries are as they were (lenet_fast/snapshot.py), in a fraction of the time that
+// Python takes. Free of tensors.
 #include <Python.h>
 
 namespace {
@@ -14,13 +14,19 @@ int same(PyObject* found, PyObject* expected) {
   return is_plain && Py_TYPE(found) == Py_TYPE(expected) ? PyObject_RichCompareBool(found, expected, Py_EQ) : 0;
 }
 
-// holds(lengths, entries): ((dict, length), ...) flat, then (dict, key, value, ...) flat.
+// holds(types, lengths, entries): (object, type, ...), (dict, length, ...), (dict, key, value, ...).
 PyObject* holds(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 2 || !PyTuple_Check(arguments[0]) || !PyTuple_Check(arguments[1])) {
-    PyErr_SetString(PyExc_TypeError, "holds: expected two tuples");
+  if (count != 3 || !PyTuple_Check(arguments[0]) || !PyTuple_Check(arguments[1]) || !PyTuple_Check(arguments[2])) {
+    PyErr_SetString(PyExc_TypeError, "holds: expected three tuples");
     return nullptr;
   }
-  PyObject* const lengths = arguments[0];
+  PyObject* const types = arguments[0];
+  for (Py_ssize_t i = 0; i + 1 < PyTuple_GET_SIZE(types); i += 2) {
+    if (reinterpret_cast<PyObject*>(Py_TYPE(PyTuple_GET_ITEM(types, i))) != PyTuple_GET_ITEM(types, i + 1)) {
+      Py_RETURN_FALSE;
+    }
+  }
+  PyObject* const lengths = arguments[1];
   for (Py_ssize_t i = 0; i + 1 < PyTuple_GET_SIZE(lengths); i += 2) {
     PyObject* const dict = PyTuple_GET_ITEM(lengths, i);
     if (!PyDict_Check(dict)) {
@@ -35,7 +41,7 @@ PyObject* holds(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
       Py_RETURN_FALSE;
     }
   }
-  PyObject* const entries = arguments[1];
+  PyObject* const entries = arguments[2];
   for (Py_ssize_t i = 0; i + 2 < PyTuple_GET_SIZE(entries); i += 3) {
     PyObject* const found = PyDict_GetItemWithError(PyTuple_GET_ITEM(entries, i), PyTuple_GET_ITEM(entries, i + 1));
     const int is_same = found != nullptr ? same(found, PyTuple_GET_ITEM(entries, i + 2)) : 0;
@@ -46,11 +52,12 @@ PyObject* holds(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   Py_RETURN_TRUE;
 }
 
-PyMethodDef methods[] = {{"holds", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&holds)), METH_FASTCALL,
-                          "Whether each dict of (dict, length, ...) has that length and each of (dict, key, value, "
-                          "...) that value there: the "
-                          "same object, or an equal int, float, str or tuple."},
-                         {nullptr, nullptr, 0, nullptr}};
+PyMethodDef methods[] = {
+    {"holds", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&holds)), METH_FASTCALL,
+     "Whether each object of (object, type, ...) is of that type, each dict of (dict, length, ...) has "
+     "that length, and each of (dict, key, value, ...) that value there: the same object, or an "
+     "equal int, float, str or tuple."},
+    {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT,
                       "_snapshot",

@@ -3,30 +3,27 @@
 No layer is replaced. A module whose forward contains such runs gets a second forward: its own, traced by torch.fx,
 with one fused operator in place of each run, reading the parameters from the same layers. So parameters, state_dict,
 optimizers, `model.conv1`, initialisation by layer type, single layers called by hand and hooks keep their meaning.
-The traced forward runs only while what was traced still holds (see `_Plan.obstacle`); otherwise the module's own
+The traced forward runs only while what was traced still holds (see `plans.Plan.obstacle`); otherwise the module's own
 forward runs, which is always right, and says so once.
 
 `accelerate` the function hides this module's name in the package; `from lenet_fast.accelerate import report` works.
 """
 
-import copy
 import copyreg
-import dataclasses
 import functools
-import linecache
 import logging
 import types
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch import nn
 
-from .fusable import ACTIVATIONS, CONV_OPTIONS, HOOKS, NO_POOLING, POOL_OPTIONS, POOLS, LeftAlone, is_observed, matches
+from .fusable import ACTIVATIONS, NO_POOLING, POOLS, LeftAlone, is_observed
 from .nn import ConvActPool2d, FusedConv2d
-from .tracing import Trace, original_class, trace_forward
+from .plans import Plan, make_plans
+from .tracing import original_class
 
 __all__ = ["Report", "Run", "accelerate", "report", "restore"]
 
@@ -134,160 +131,9 @@ def _check_module(model: nn.Module) -> None:
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
 
 
-# --- plans -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _LayerState:
-    """A layer of a run as it was when the run was found, in a form that is quick to compare."""
-
-    path: tuple[str, ...]
-    kind: type[nn.Module]
-    names: tuple[str, ...]  # of what in the layer's __dict__ decides on the fusion
-    values: tuple[Any, ...]
-
-    @classmethod
-    def of(cls, module: nn.Module, path: tuple[str, ...]) -> "_LayerState":
-        layer = _at(module, path)
-        kind = type(layer)
-        options = ("kernel_size", "padding", *CONV_OPTIONS) if kind is nn.Conv2d else POOL_OPTIONS.get(POOLS.get(kind))
-        names = ("forward", *HOOKS, *(options or ()))
-        return cls(path, kind, names, tuple(copy.copy(layer.__dict__.get(name)) for name in names))
-
-    def holds(self, module: nn.Module) -> bool:
-        layer = _at(module, self.path)
-        return type(layer) is self.kind and tuple(map(layer.__dict__.get, self.names)) == self.values
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A module's forward with its runs fused, for one mode, and what has to hold for it; it belongs to one module."""
-
-    run: Callable[..., Any]
-    inputs: tuple[str, ...]
-    runs: tuple[str, ...]
-    layers: tuple["_LayerState", ...]
-    containers: tuple[tuple[tuple[str, ...], tuple[tuple[str, nn.Module], ...]], ...]
-    attributes: tuple[tuple[str, Any], ...]
-    said: list[str] = field(default_factory=list)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Plan":
-        return dataclasses.replace(self, containers=copy.deepcopy(self.containers, memo), said=[])
-
-    def __reduce__(self) -> tuple:
-        return _forgotten, ()  # generated code is not pickled: see _Accelerated.__setstate__
-
-    def arguments(self, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-        """The tensors of a call as the traced forward takes them; None when it is another kind of call."""
-        if len(args) + len(kwargs) != len(self.inputs):
-            return None
-        args = (*args, *(kwargs.get(name) for name in self.inputs[len(args) :]))
-        return args if all(isinstance(value, Tensor) for value in args) else None
-
-    def obstacle(self, module: nn.Module) -> str | None:
-        """What of `module` is not as it was, so that its own forward has to run; None if nothing."""
-        if _has_any_global_hook():
-            return "hooks on all modules"
-        for path, children in self.containers:
-            container = _at(module, path)
-            if not _same_children(container, children) or (path and is_observed(container)):
-                return f"layers in {'.'.join(path) or 'the module itself'}, or its hooks"
-        for state in self.layers:
-            if not state.holds(module):
-                return f"options or hooks of {'.'.join(state.path)}"
-        for name, value in self.attributes:
-            if getattr(module, name, None) != value:
-                return f"self.{name}"
-        return None
-
-    def say_once(self, module: nn.Module, obstacle: str) -> None:
-        if obstacle not in self.said:
-            self.said.append(obstacle)
-            name = type(module).__name__
-            _log.warning("%s runs unfused while this is not as when it was accelerated: %s", name, obstacle)
-
-
-def _forgotten() -> None:
-    """What a pickled plan becomes."""
-
-
-def _at(module: nn.Module, path: tuple[str, ...]) -> nn.Module:
-    for name in path:
-        module = module._modules[name]
-    return module
-
-
-def _same_children(container: nn.Module, children: tuple[tuple[str, nn.Module], ...]) -> bool:
-    now = container._modules
-    return len(now) == len(children) and all(
-        name == then_name and child is then
-        for (name, child), (then_name, then) in zip(now.items(), children, strict=True)
-    )
-
-
-def _plan(module: nn.Module) -> tuple[dict[bool, _Plan], list[tuple[tuple[str, ...], str | None]], tuple[str, ...]]:
-    """Plans by training mode, each convolution call's layers with why it is not fused, and inlined containers.
-
-    Raises:
-        LeftAlone: nothing is known of this module's forward.
-    """
-    traces = {mode: trace_forward(module, mode) for mode in (True, False)}
-    plans: dict[bool, _Plan] = {}
-    calls: dict[tuple[tuple[str, ...], str | None], None] = {}
-    for mode, trace in traces.items():
-        walked = {path: tuple(_at(module, path)._modules.items()) for path in _walked(module, trace)}
-        fused = []
-        for match, reason in list(matches(module, trace.graph)):
-            calls[match.labels() if reason is None else match.labels()[:1], reason] = None
-            if reason is None:
-                fused.append((" + ".join(match.labels()), match.layers))
-                match.replace(trace.graph)
-        if fused:
-            layers = dict.fromkeys(name for _, parts in fused for name in parts)
-            plans[mode] = _Plan(
-                run=_compile(trace.graph, type(module)),
-                inputs=trace.inputs,
-                runs=tuple(dict.fromkeys(run for run, _ in fused)),
-                layers=tuple(_LayerState.of(module, _split(name)) for name in layers),
-                containers=tuple(walked.items()),
-                attributes=tuple(trace.attributes.items()),
-            )
-    return plans, list(calls), tuple(name for trace in traces.values() for name in trace.inlined)
-
-
-def _split(name: str) -> tuple[str, ...]:
-    return tuple(name.split(".")) if name else ()
-
-
-def _walked(module: nn.Module, trace: Trace) -> Iterator[tuple[str, ...]]:
-    """Paths of the modules whose list of children a forward may depend on: itself, the lists, those it reaches into."""
-    yield ()
-    for name, child in module.named_children():
-        if isinstance(child, nn.ModuleList | nn.ModuleDict):
-            yield (name,)
-    for node in trace.graph.nodes:
-        if node.op == "call_module":
-            path = _split(node.target)
-            yield from (path[:length] for length in range(1, len(path)))
-    yield from map(_split, trace.inlined)
-
-
-def _compile(graph: fx.Graph, cls: type) -> Callable[..., Any]:
-    """The Python function forward(self, ...) that a graph stands for; tracebacks show its lines."""
-    try:
-        code = graph.python_code("self")
-    except Exception as error:  # an argument that has no literal, say
-        raise LeftAlone(f"cannot be turned into code ({type(error).__name__}: {error})") from None
-    filename = f"<forward of {cls.__name__} with runs fused by lenet_fast, {id(graph):x}>"
-    linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
-    namespace = dict(code.globals)
-    exec(compile(code.src, filename, "exec"), namespace)
-    return namespace["forward"]
-
-
-def _analyse(model: nn.Module) -> tuple[dict[nn.Module, dict[bool, _Plan]], Report]:
+def _analyse(model: nn.Module) -> tuple[dict[nn.Module, dict[bool, Plan]], Report]:
     """The plans of every module that has runs, and the report on every Conv2d."""
-    plans: dict[nn.Module, dict[bool, _Plan]] = {}
+    plans: dict[nn.Module, dict[bool, Plan]] = {}
     found: dict[Run, None] = {}
     called: set[nn.Module] = set()
     covered: set[nn.Module] = set()  # containers whose convolutions a parent's forward accounts for
@@ -298,7 +144,7 @@ def _analyse(model: nn.Module) -> tuple[dict[nn.Module, dict[bool, _Plan]], Repo
         if isinstance(module, nn.ModuleList | nn.ModuleDict):
             continue
         try:
-            own_plans, calls, inlined = _plan(module)
+            own_plans, calls, inlined = make_plans(module)
         except LeftAlone as why:
             refused[path] = f"the forward of {type(module).__name__} {why}"
             continue
@@ -337,7 +183,7 @@ class _Accelerated:
     """First base of the class of a module with plans."""
 
     _lenet_fast_original: type[nn.Module]
-    _lenet_fast_plans: Mapping[bool, _Plan] = types.MappingProxyType({})
+    _lenet_fast_plans: Mapping[bool, Plan] = types.MappingProxyType({})
 
     def __init_subclass__(cls) -> None:
         """Keep the original class's own `__init_subclass__` (a registry, say) out of this."""
@@ -350,7 +196,7 @@ class _Accelerated:
         if None not in self._lenet_fast_plans.values():
             return
         try:
-            self._lenet_fast_plans = _plan(self)[0]
+            self._lenet_fast_plans = make_plans(self)[0]
         except LeftAlone as why:
             self._lenet_fast_plans = {}
             _log.warning("%s was accelerated, but is not any more: its forward %s", type(self).__name__, why)
@@ -381,7 +227,7 @@ def _new_accelerated(cls: type[nn.Module]) -> nn.Module:
     return copyreg.__newobj__(_accelerated_class(cls))
 
 
-def _set_plans(model: nn.Module, plans: Mapping[nn.Module, dict[bool, _Plan]]) -> None:
+def _set_plans(model: nn.Module, plans: Mapping[nn.Module, dict[bool, Plan]]) -> None:
     """Give the modules of `model` these plans, and take away any other."""
     for module in model.modules():
         original = original_class(module)

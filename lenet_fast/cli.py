@@ -1,7 +1,6 @@
 """The command line: `lenet-fast train`, `eval`, `predict`, `figures` and `env`, also as `python -m lenet_fast`."""
 
 import shlex
-import signal
 import sys
 import time
 import warnings
@@ -9,30 +8,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 from torch import nn
 
-from . import data, env, figures, images, inference, plots
+from . import data, env, figures, images, inference
 from .checkpoint import CheckpointError, load_checkpoint
 from .models import MODELS, InputSpec, classify, criterion, measures_distance
-from .train import (
-    CHECKPOINT,
-    DTYPES,
-    ENGINES,
-    OPTIMIZERS,
-    SCHEDULES,
-    Epoch,
-    Run,
-    TrainConfig,
-    TrainingError,
-    build_model,
-)
+from .train import CHECKPOINT, Run, TrainConfig, TrainingError, build_model
+from .train_config import DTYPES, ENGINES, OPTIMIZERS, SCHEDULES
+from .train_display import Display, print_result, print_summary, print_time
 
 app = typer.Typer(
     help="Train LeNets with fused kernels.",
@@ -122,69 +109,22 @@ def train(
         run = Run.resume(resume, **given)
     else:
         raise ValueError("--run-dir and --resume exclude each other: a resumed run stays in its folder")
-    _print_summary(run)
+    print_summary(run)
     finished, started = len(run.history), time.perf_counter()
     try:
-        with _Display(run) as display:
+        with Display(run) as display:
             run.fit(on_step=display.show_step, on_epoch=display.show_epoch)
     except KeyboardInterrupt:
         command = f"lenet-fast train --resume {shlex.quote(str(run.folder))}"
         state = f"{len(run.history)} of {run.config.epochs} epochs are finished"
         _exit(f"interrupted; {state} and saved. Continue with: {command}", code=130)
-    _print_time(run, run.history[finished:], time.perf_counter() - started)
-    _print_result(run)
+    print_time(run, run.history[finished:], time.perf_counter() - started)
+    print_result(run)
 
 
 def _default_folder(config: TrainConfig) -> Path:
     twin = "-reference" if config.reference else ""
     return Path("runs") / f"{config.model}{twin}-{config.dataset}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-
-
-def _print_summary(run: Run) -> None:
-    config, dataset = run.config, run.dataset
-    parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    kind = "plain PyTorch twin" if config.reference else "fused layers"
-    print(f"model   {config.model}, {kind}, {parameters:,} parameters")
-    sizes = f"{len(dataset.train.labels):,} training and {len(dataset.test.labels):,} test images"
-    print(f"data    {dataset.name}, {sizes}: {dataset.source}")
-    finished = len(run.history)
-    epochs = f"epochs {finished + 1} to {config.epochs}" if finished < config.epochs else "nothing left to do"
-    rate = f"lr {config.lr:g} ({config.schedule})"
-    print(f"train   {epochs}, batches of {config.batch_size}, {config.optimizer}, {rate}, seed {config.seed}")
-    threads = f", {torch.get_num_threads()} threads" if config.device == "cpu" else ""
-    why = f" ({run.why_not_fused})" if run.why_not_fused else ""
-    print(f"on      {config.device}{threads}, {config.dtype}, {run.engine.name} engine{why}")
-    print(f"folder  {run.folder}")
-    if finished == config.epochs:
-        print(f"all {finished} epochs are finished; --epochs N with a larger N goes on")
-
-
-def _print_time(run: Run, epochs: Sequence[Epoch], seconds: float) -> None:
-    """How long `epochs`, those of this call, took in all; for LeCun's experiment beside LeCun et al. (1998), III.B."""
-    if epochs:
-        training = sum(epoch.seconds for epoch in epochs)
-        print(f"time        {seconds:.1f} s for {len(epochs)} epochs, {training:.1f} s of it training")
-    if run.config.model == "lenet5-1998" and run.config.dataset == "mnist":
-        error = 100 * (1 - run.history[-1].test_accuracy)
-        digits = f"{len(run.history)} passes over {len(run.dataset.train.labels):,} digits"
-        lecun = "0.95 % after 20 passes over 60,000 digits, in 2 to 3 days"
-        print(f"1998        test error {error:.2f} % after {digits}; LeCun et al.: {lecun}")
-
-
-def _print_result(run: Run) -> None:
-    curve = run.folder / "curve.png"
-    try:
-        plots.learning_curves(run.history, curve, f"{run.config.model} on {run.dataset.name}")
-        print(f"curve       {curve}")
-    except ImportError as error:
-        print(f"curve       not drawn: {error}")
-    print(f"checkpoint  {run.folder / CHECKPOINT}")
-    last = run.history[-1]
-    rate = len(run.history) * len(run.dataset.train.labels) / sum(epoch.seconds for epoch in run.history)
-    print(
-        f"loss {last.loss:.3f}, train acc {last.train_accuracy:.3f}, test acc {last.test_accuracy:.3f}, "
-        f"{rate:,.1f} examples/s on {run.config.device}"
-    )
 
 
 # ---- Using a trained network
@@ -327,64 +267,3 @@ def _load_data(config: TrainConfig, name: str | None, folder: Path | None) -> da
     if data.CLASSES.get(name) not in (None, data.CLASSES[config.dataset]):
         warnings.warn(f"the network was trained on {config.dataset}, {name} has other classes", stacklevel=1)
     return data.load(name, folder)
-
-
-class _Display:
-    """A line for every finished epoch and, where stdout is a terminal, a progress bar for the running one.
-
-    While it is open, Ctrl-C takes effect between steps: the exception that Python raises just anywhere can be lost in
-    a callback. A second Ctrl-C is raised at once.
-    """
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        console = Console()
-        self._bar = Progress(
-            TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(),
-            TextColumn("{task.percentage:3.0f} %  {task.fields[status]}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("", total=len(run.dataset.train.labels), epoch="", status="")
-
-    def __enter__(self) -> "_Display":
-        self._interrupted = False
-        self._on_interrupt = signal.signal(signal.SIGINT, self._interrupt)
-        self._start_epoch()
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
-        signal.signal(signal.SIGINT, self._on_interrupt)
-
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        self._interrupted = True
-        signal.signal(signal.SIGINT, self._on_interrupt)
-
-    def _start_epoch(self) -> None:
-        number = f"{len(self._run.history) + 1}/{self._run.config.epochs}"
-        self._bar.update(self._task, completed=0, epoch=number, status="")
-        self._started = time.perf_counter()
-
-    def show_step(self, done: int, loss: float) -> None:
-        if self._interrupted:
-            raise KeyboardInterrupt
-        rate = done / (time.perf_counter() - self._started)
-        self._bar.update(self._task, completed=done, status=f"loss {loss:.4f}  {rate:,.0f} images/s")
-
-    def show_epoch(self, epoch: Epoch) -> None:
-        line = (
-            f"epoch {epoch.epoch}/{self._run.config.epochs}  loss {epoch.loss:.4f}  "
-            f"train acc {epoch.train_accuracy:.4f}  test acc {epoch.test_accuracy:.4f}  "
-            f"{epoch.examples_per_second:,.0f} images/s"
-        )
-        self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        if epoch.epoch < self._run.config.epochs:
-            if self._interrupted:
-                raise KeyboardInterrupt
-            self._start_epoch()

@@ -1,5 +1,6 @@
 """What is installed, what is used, and why something is not: the report behind `lenet-fast env`."""
 
+import os
 import platform
 import sys
 from importlib import import_module, metadata, util
@@ -20,6 +21,7 @@ def facts() -> dict[str, str]:
         "platform": f"{platform.system()} {platform.machine()}",
         "PyTorch": f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}",
         "threads": str(torch.get_num_threads()),
+        "waiting threads": _wait_policy(),
         **{f"kernels on {device}": backends.serving(device) for device in ("cpu", "cuda")},
         **_build_facts(),
         **{name: _package_version(name) for name in _OPTIONAL_PACKAGES},
@@ -31,6 +33,13 @@ def report() -> str:
     rows = facts()
     width = max(map(len, rows))
     return "\n".join(f"{label:<{width}}  {value}" for label, value in rows.items())
+
+
+def _wait_policy() -> str:
+    policy = os.environ.get("OMP_WAIT_POLICY")
+    if policy:
+        return f"OMP_WAIT_POLICY={policy}"
+    return "spin (OMP_WAIT_POLICY is not set); set it to passive before Python starts where other processes are busy"
 
 
 def _build_facts() -> dict[str, str]:

@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from . import functional, reference
 from .nn import ScaledTanh
+from .snapshot import HOOKS
 
 # Weights from which PyTorch's own convolution trains faster than the fused operator at batch 128: measured 1.3-1.5x
 # at 18,432 (32 -> 64 maps, 3x3), 2.2x at 25,000 (20 -> 50, 5x5), 0.8x at 51,200 (32 -> 64, 5x5), 0.6x at 73,728.
@@ -48,7 +49,6 @@ POOL_OPTIONS = {  # after the input, in the order of the functions' arguments
 NO_POOLING = "no 2x2 pooling follows"
 _NOT_OURS = "{}, which the kernels do not have, comes before any pooling"
 _OBSERVED = "hooks (pruning and weight norm are some) or a forward of its own"
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class LeftAlone(Exception):

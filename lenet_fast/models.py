@@ -1,17 +1,14 @@
-"""The LeNets: layers named as in LeCun et al. (1998), each model beside its twin of plain PyTorch layers."""
+"""The LeNets, layers named as in LeCun et al. (1998), and what users do with them; see lenet.py for what each is."""
 
-import copy
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .native_forward import NativeForward
-from .nn import RBF, ConvActPool2d, ConvSubsample2d, FusedConv2d, MAPLoss, ScaledTanh, SparseConvActPool2d
+from .lenet import ACTIVATION_LAYERS, InputSpec, LeNet, classify, criterion, measures_distance
+from .nn import RBF, ConvActPool2d, ConvSubsample2d, FusedConv2d, ScaledTanh, SparseConvActPool2d
 from .summary import connection_counts, describe
 from .tables import LENET5_C3, Connections
 
@@ -29,99 +26,6 @@ __all__ = [
     "lenet5_d2l",
     "measures_distance",
 ]
-
-
-@dataclass(frozen=True)
-class InputSpec:
-    """How 8-bit digits become an input: 0..255 linearly to background..foreground, padded to size x size.
-
-    The padding has the background value, as in LeCun et al. (1998), section II.B.
-    """
-
-    size: int
-    background: float
-    foreground: float
-
-    def prepare(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """uint8 images (N, H, W) to the model's input (N, 1, size, size), on the same device.
-
-        Raises:
-            TypeError: images that are not uint8.
-            ValueError: another rank, or a height or width that cannot be padded evenly to `size`.
-        """
-        if images.dtype != torch.uint8:
-            raise TypeError(f"images: expected dtype torch.uint8, got {images.dtype}")
-        if images.dim() != 3:
-            raise ValueError(f"images: expected (N, H, W), got shape {tuple(images.shape)}")
-        margins = [self.size - side for side in images.shape[1:]]
-        if any(margin < 0 or margin % 2 for margin in margins):
-            raise ValueError(
-                f"images: height and width must be {self.size} or smaller by an even number, "
-                f"got shape {tuple(images.shape)}"
-            )
-        top, left = (margin // 2 for margin in margins)
-        scale = (self.foreground - self.background) / 255
-        pixels = images.to(dtype).mul_(scale).add_(self.background)
-        return F.pad(pixels, (left, left, top, top), value=self.background).unsqueeze(1)
-
-
-class LeNet(nn.Sequential):
-    """A sequence of named layers that knows its input format and its twin of plain PyTorch layers."""
-
-    def __init__(self, layers: OrderedDict[str, nn.Module], *, input_spec: InputSpec) -> None:
-        super().__init__(layers)
-        self.input_spec = input_spec
-        self._native_forward = NativeForward()
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Layer by layer; in eval mode under `torch.inference_mode()` in one native call where that can be."""
-        if not (self.training or torch.compiler.is_compiling()) and torch.is_inference_mode_enabled():
-            output = self._native_forward(self, input)
-            if output is not None:
-                return output
-        return super().forward(input)
-
-    def __getitem__(self, index: int | slice) -> nn.Module:
-        """A layer, or for a slice an nn.Sequential: some of the layers are not a LeNet any more."""
-        if isinstance(index, slice):
-            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
-        return super().__getitem__(index)
-
-    def reference(self) -> nn.Sequential:
-        """The same network in plain PyTorch: copies of the parameters, the same state_dict keys.
-
-        A fused layer `c1` becomes a convolution `c1`, an activation `c1_act` and a pooling `s2`.
-        """
-        layers: OrderedDict[str, nn.Module] = OrderedDict()
-        for name, layer in self.named_children():
-            layers.update(_unfused(name, layer))
-        return nn.Sequential(layers).train(self.training)
-
-
-_ACTIVATIONS = {
-    "identity": nn.Identity,
-    "relu": nn.ReLU,
-    "sigmoid": nn.Sigmoid,
-    "tanh": nn.Tanh,
-    "scaled_tanh": ScaledTanh,
-}
-_POOLS = {"avg": nn.AvgPool2d, "max": nn.MaxPool2d}
-
-
-def _unfused(name: str, layer: nn.Module) -> dict[str, nn.Module]:
-    """The plain PyTorch layers that `layer`, named `name` (c1, c3, ...), computes in one; parameters copied.
-
-    torch.nn has no sparse or subsampling convolution: those stay one layer, computed by their PyTorch definition.
-    """
-    if not isinstance(layer, ConvActPool2d):
-        plain = copy.deepcopy(layer)
-        if isinstance(plain, FusedConv2d | RBF):
-            plain.backend = "reference"
-        return {name: plain}
-    layers = {name: layer.to_conv2d(), f"{name}_act": _ACTIVATIONS[layer.activation]()}
-    if layer.pool != "none":
-        layers[f"s{int(name[1:]) + 1}"] = _POOLS[layer.pool](2)
-    return layers
 
 
 def _flatten() -> nn.Flatten:
@@ -196,7 +100,7 @@ def _build(
             if index == 0:
                 layers["flatten"] = _flatten()
             layers[name] = nn.Linear(features, width, **factory)
-            layers[f"{name}_act"] = _ACTIVATIONS[activation]()
+            layers[f"{name}_act"] = ACTIVATION_LAYERS[activation]()
         if index == 0 and dense_as_convolution:
             layers["flatten"] = _flatten()
         features = width
@@ -384,18 +288,3 @@ MODELS: dict[str, Callable[..., LeNet]] = {  # by command-line name
     "lenet5-d2l": lenet5_d2l,
     "lenet5-1998": lenet5_1998,
 }
-
-
-def measures_distance(model: nn.Module) -> bool:
-    """Whether the outputs of `model` (a LeNet or its twin) are distances, and not scores."""
-    return isinstance(list(model.children())[-1], RBF)
-
-
-def criterion(model: nn.Module) -> nn.Module:
-    """The loss that `model` (a LeNet or its twin) is trained with: MAP for an RBF output, else cross-entropy."""
-    return MAPLoss() if measures_distance(model) else nn.CrossEntropyLoss()
-
-
-def classify(model: nn.Module, outputs: Tensor) -> Tensor:
-    """Classes (N,) from outputs (N, C) of `model`: the smallest distance for an RBF output, else the largest score."""
-    return outputs.argmin(-1) if measures_distance(model) else outputs.argmax(-1)

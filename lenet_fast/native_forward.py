@@ -10,16 +10,10 @@ from torch.nn.modules.module import _has_any_global_hook
 from . import backends
 from .network import Network, NetworkError
 from .nn import FusedConv2d
-
-try:
-    from ._snapshot import holds
-except ImportError:  # nothing compiled: the layers do it
-    holds = None
+from .snapshot import FORWARD_HOOKS, Snapshot, holds
 
 __all__ = ["NativeForward"]
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_OWNED = ("_parameters", "_buffers", "_modules")
 _are_functorch_transforms_active = torch._C._are_functorch_transforms_active
 
 
@@ -43,14 +37,14 @@ class NativeForward:
         """Outputs (N, classes) of `input` (N, C, H, W); None where the layers have to do it one by one."""
         if (
             type(input) is not Tensor
-            or holds is None
+            or holds is None  # nothing compiled: the layers do it
             or _are_functorch_transforms_active()
             or torch.is_autocast_enabled("cpu")
             or _has_any_global_hook()
         ):
             return None
         reading = self._reading
-        if reading is None or reading.model is not model or not holds(reading.lengths, reading.entries):
+        if reading is None or reading.model is not model or not reading.holds():
             self._reading = reading = _Reading(model)
         if reading.is_observed:
             return None
@@ -66,26 +60,12 @@ class NativeForward:
         return torch.ops.lenet_fast.network_infer.default(definition, tensors, input.contiguous(), 0.0, 0.0)
 
 
-class _Reading:
-    """What of `model` its forward depends on, as it is now; the network in it is found when it is needed."""
+class _Reading(Snapshot):
+    """`model` as it is now, and the network in it, found when it is needed."""
 
     def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, FORWARD_HOOKS)
         self.model = model
-        lengths: list[Any] = []  # dict, length, ...: see csrc/snapshot.cpp
-        entries: list[Any] = []  # dict, key, value, ...
-        hooks = 0
-        for state in [vars(module) for module in model.modules()]:
-            for owned in [state, *(state[name] for name in _OWNED + _HOOKS)]:
-                lengths += [owned, len(owned)]
-            hooks += sum(len(state[name]) for name in _HOOKS)
-            for name, value in state.items():
-                if name[0] != "_" and name != "training":
-                    entries += [state, name, value]
-            for owned in (state[name] for name in _OWNED):
-                for name, value in owned.items():
-                    entries += [owned, name, value]
-        self.lengths, self.entries = tuple(lengths), tuple(entries)
-        self.is_observed = hooks > 0
         self.last: tuple[torch.Size | None, int | None] = None, None
         self._definitions: dict[torch.Size, int | None] = {}
         self._network: Network | None = None

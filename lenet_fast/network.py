@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -65,35 +64,6 @@ class _Layer:
             self.activation = value
 
 
-@dataclass(frozen=True)
-class _ModuleState:
-    """What of a module decides on its forward, in a form that is quick to compare."""
-
-    module: nn.Module
-    kind: type[nn.Module]
-    children: dict[str, nn.Module | None]
-    options: dict[str, Any]
-
-    @classmethod
-    def of(cls, module: nn.Module) -> "_ModuleState":
-        options = {name: value for name, value in vars(module).items() if name[0] != "_" and name != "training"}
-        return cls(module, type(module), dict(module._modules), options)
-
-    def holds(self) -> bool:
-        module, own = self.module, vars(self.module)
-        return (
-            type(module) is self.kind
-            and own["_modules"] == self.children
-            and not is_observed(module)
-            and all(_same(own.get(name), value) for name, value in self.options.items())
-        )
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Equal for plain values; a tensor, say, has to be the same object."""
-    return one is other or (isinstance(one, int | float | str | tuple) and type(one) is type(other) and one == other)
-
-
 @dataclass
 class Network:
     """A LeNet found in a module: convolutions, dense layers, and perhaps an RBF layer, one after the other."""
@@ -101,7 +71,6 @@ class Network:
     layers: list[_Layer] = field(default_factory=list)
     rbf: RBF | None = None
     _flattened: bool = False
-    _states: list["_ModuleState"] = field(default_factory=list)
 
     @classmethod
     def of(cls, model: nn.Module) -> "Network":
@@ -127,12 +96,7 @@ class Network:
         except LeftAlone as why:
             raise NetworkError(f"{label(node)}: {why}") from None
         network._check()
-        network._states = [_ModuleState.of(module) for module in model.modules()]
         return network
-
-    def holds(self) -> bool:
-        """Whether the model still has the layers, options and hooks (none) with which it was read."""
-        return all(state.holds() for state in self._states)
 
     def _take(self, model: nn.Module, node: fx.Node) -> None:
         """Take in the next link of the chain."""

@@ -1,6 +1,5 @@
 """`FusedTrainer`: whole LeNet training steps, forward, loss, backward and update, in native calls without autograd."""
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -9,12 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
-from . import backends
 from .functional import check_choice
 from .models import InputSpec
-from .network import Network, NetworkError
+from .training_operands import TrainingOperands
 
 __all__ = ["FusedTrainer", "History", "TrainingError"]
 
@@ -102,14 +99,13 @@ class FusedTrainer:
             raise TypeError(f"input_spec: expected an InputSpec, got {type(input_spec).__name__}")
         self.model = model
         self.input_spec = input_spec
-        self._network = Network.of(model)
+        self._operands = TrainingOperands(model)
         self._kind = optimizer
         self._j = float(j)
-        self._numbers: dict[tuple[int, int, int], list[int]] = {}
-        self._check_parameters()
+        self._pace = 0, 1  # batch size, steps a native call
         common = {"lr": lr, "weight_decay": weight_decay}
         parameters = model.parameters()
-        # fused: the same state as train.AutogradEngine's, and the fastest way to go on without this class
+        # fused: the same state as engines.AutogradEngine's, and the fastest way to go on without this class
         self.optimizer: torch.optim.Optimizer = {
             "sgd": lambda: torch.optim.SGD(parameters, **common, momentum=momentum, nesterov=nesterov, fused=True),
             "adam": lambda: torch.optim.Adam(parameters, **common, betas=betas, eps=eps, fused=True),
@@ -205,7 +201,7 @@ class FusedTrainer:
             raise ValueError(f"learning_rates: expected one for each of the {steps} steps, got {len(rates)}")
         order = order.to(images.device)
         losses, correct = [], []
-        done, steps_a_call = 0, 1
+        done, steps_a_call = 0, self._pace[1] if self._pace[0] == batch_size else 1
         while done < steps:
             stop = min(steps, done + steps_a_call)
             part = order[done * batch_size : stop * batch_size]
@@ -221,6 +217,7 @@ class FusedTrainer:
                 if on_step is not None:
                     on_step(done, loss)
             steps_a_call = max(1, min(4 * steps_a_call, int(_CALL_SECONDS / seconds * len(part_losses))))
+            self._pace = batch_size, steps_a_call
         return torch.cat(losses), torch.cat(correct)
 
     def state_dict(self) -> dict[str, Any]:
@@ -238,30 +235,25 @@ class FusedTrainer:
         self, images: Tensor, labels: Tensor, order: Tensor | None, batch_size: int, rates: list[float]
     ) -> tuple[Tensor, Tensor]:
         """Native steps on checked data: losses and numbers right, as far as they are finite."""
-        if not self._network.holds():
-            self._network = Network.of(self.model)
-            self._numbers.clear()
-        self._check_parameters()
         group = self._group()
-        parameters = [parameter for _, parameter in self._network.named_parameters()]
-        known = set(map(id, group["params"]))
-        for name, parameter in self._network.named_parameters():
-            if id(parameter) not in known:
-                raise NetworkError(f"{name}: was replaced after the trainer was made; make a new one")
-        first, second, counts = self._state(group, parameters)
+        if self._kind == "sgd":
+            moments = ("momentum_buffer",) if group["momentum"] else ()
+            settings = [group["momentum"], group["nesterov"], group["weight_decay"], 0.0, 0.0, 0.0]
+        else:
+            moments = ("exp_avg", "exp_avg_sq")
+            settings = [0.0, 0.0, group["weight_decay"], *group["betas"], group["eps"]]
+        operands = self._operands
+        operands.refresh(self.optimizer, moments, counts_steps=self._kind != "sgd")
         spec = self.input_spec
         scale, background = (0.0, 0.0) if spec is None else ((spec.foreground - spec.background) / 255, spec.background)
-        beta1, beta2 = group.get("betas", (0.0, 0.0))
-        settings = [group.get("momentum", 0.0), group.get("nesterov", False), group["weight_decay"]]
-        settings += [beta1, beta2, group.get("eps", 0.0)]
-        torch.autograd.graph.increment_version([p for p in parameters if p.requires_grad])
+        torch.autograd.graph.increment_version(operands.trained)
         losses, correct = torch.ops.lenet_fast.network_train(
             self._numbers_for(images),
-            self._network.tensors(),
-            first,
-            second,
-            counts,
-            [int(parameter.requires_grad) for parameter in parameters],
+            operands.tensors,
+            operands.first_moments,
+            operands.second_moments,
+            operands.step_counts,
+            operands.trains,
             images,
             labels,
             order,
@@ -285,57 +277,9 @@ class FusedTrainer:
                 raise ValueError(f"optimizer: the fused trainer has no {name}, got {groups[0][name]!r}")
         return groups[0]
 
-    def _state(
-        self, group: dict[str, Any], parameters: list[nn.Parameter]
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Moments and step counts of the parameters, made where they are missing; frozen ones get stand-ins."""
-        names = ("exp_avg", "exp_avg_sq") if self._kind != "sgd" else ("momentum_buffer",) if group["momentum"] else ()
-        if not names:
-            return [], [], []
-        moments: tuple[list[Tensor], list[Tensor]] = ([], [])
-        counts: list[Tensor] = []
-        for parameter in parameters:
-            state = self.optimizer.state[parameter] if parameter.requires_grad else {}
-            for name, tensors in zip(names, moments, strict=False):
-                if state.get(name) is None:
-                    state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
-                tensors.append(state[name])
-            if self._kind != "sgd":
-                if "step" not in state:
-                    state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                counts.append(state["step"])
-        return *moments, counts
-
-    # --- checks ------------------------------------------------------------------------------------------------------
-
-    def _check_parameters(self) -> None:
-        """Raise unless the tensors of the model are what the native step can write to."""
-        if _has_any_global_hook():
-            raise RuntimeError("hooks on all modules are set: the fused trainer would not call them")
-        ranges = []
-        dtype = None
-        for name, parameter in self._network.named_parameters():
-            dtype = parameter.dtype if dtype is None else dtype
-            if parameter.dtype not in (torch.float32, torch.float64) or parameter.dtype != dtype:
-                raise NetworkError(f"{name}: expected float32 or float64, one for all, got {parameter.dtype}")
-            if parameter.is_cuda and dtype != torch.float32:
-                raise NetworkError(f"{name}: expected float32 on CUDA, got {dtype}")
-            if (reason := backends.why_unavailable("native", parameter.device.type)) is not None:
-                raise NetworkError(f"{name}: on {parameter.device}, where the fused trainer cannot run: {reason}")
-            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-                raise NetworkError(f"{name}: has gradient hooks, which the fused trainer would not call")
-            if not parameter.is_contiguous():
-                raise NetworkError(f"{name}: not contiguous, strides {parameter.stride()} for {tuple(parameter.shape)}")
-            begin = parameter.data_ptr()
-            ranges.append((begin, begin + parameter.numel() * parameter.element_size(), name))
-        ranges.sort()
-        for (_, end, name), (begin, _, other) in itertools.pairwise(ranges):
-            if begin < end:
-                raise NetworkError(f"{other}: shares memory with {name}")
-
     def _check_data(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Images and labels as the native step takes them: contiguous, labels int64."""
-        parameter = next(self._network.named_parameters())[1]
+        parameter = self._operands.parameter
         for name, value in (("images", images), ("labels", labels)):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
@@ -367,12 +311,10 @@ class FusedTrainer:
         return images.contiguous(), labels.to(torch.int64).contiguous()
 
     def _numbers_for(self, images: Tensor) -> list[int]:
-        size = (
-            (1, self.input_spec.size, self.input_spec.size) if images.dtype == torch.uint8 else tuple(images.shape[1:])
-        )
-        if size not in self._numbers:
-            self._numbers[size] = self._network.numbers(size)
-        return self._numbers[size]
+        """The network for images of this size, as the operators are told it."""
+        if images.dtype == torch.uint8:
+            return self._operands.numbers((1, self.input_spec.size, self.input_spec.size))
+        return self._operands.numbers(tuple(images.shape[1:]))
 
 
 def _not_finite(step: int) -> str:

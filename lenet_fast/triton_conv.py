@@ -20,98 +20,14 @@ _SUM_DTYPES = {
 }
 
 
-def conv_act_pool(
-    input: Tensor, weight: Tensor, bias: Tensor | None, padding: int, activation: str, pool: str
-) -> Tensor:
-    """As `reference.conv_act_pool`."""
-    return _Convolution(input, weight, bias, None, None, None, weight.shape[0], padding, activation, pool).forward()
+class Convolution:
+    """One call of any fused convolution: its tensors made contiguous, its sizes and its launches.
 
-
-def conv_act_pool_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    padding: int,
-    activation: str,
-    pool: str,
-    *needs: bool,
-) -> tuple[Tensor, ...]:
-    """Gradients of input, weight and bias; an empty tensor for each that is not needed."""
-    call = _Convolution(input, weight, bias, None, None, None, weight.shape[0], padding, activation, pool)
-    return call.backward(grad_output, needs)
-
-
-def sparse_conv_act_pool(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    connections: Sequence[int],
-    out_channels: int,
-    padding: int,
-    activation: str,
-    pool: str,
-) -> Tensor:
-    """As `reference.sparse_conv_act_pool`."""
-    return _Convolution(input, weight, bias, None, None, connections, out_channels, padding, activation, pool).forward()
-
-
-def sparse_conv_act_pool_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    connections: Sequence[int],
-    out_channels: int,
-    padding: int,
-    activation: str,
-    pool: str,
-    *needs: bool,
-) -> tuple[Tensor, ...]:
-    """Gradients of input, weight and bias; an empty tensor for each that is not needed."""
-    call = _Convolution(input, weight, bias, None, None, connections, out_channels, padding, activation, pool)
-    return call.backward(grad_output, needs)
-
-
-def conv_subsample(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    coefficient: Tensor,
-    pool_bias: Tensor,
-    connections: Sequence[int] | None,
-    padding: int,
-    activation: str,
-) -> Tensor:
-    """As `reference.conv_subsample`."""
-    maps = coefficient.shape[0]
-    return _Convolution(
-        input, weight, bias, coefficient, pool_bias, connections, maps, padding, activation, "subsample"
-    ).forward()
-
-
-def conv_subsample_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    coefficient: Tensor,
-    pool_bias: Tensor,
-    connections: Sequence[int] | None,
-    padding: int,
-    activation: str,
-    *needs: bool,
-) -> tuple[Tensor, ...]:
-    """Gradients of the five tensors; an empty one for each that is not needed."""
-    maps = coefficient.shape[0]
-    call = _Convolution(
-        input, weight, bias, coefficient, pool_bias, connections, maps, padding, activation, "subsample"
-    )
-    return call.backward(grad_output, needs)
-
-
-class _Convolution:
-    """One call of a fused convolution: its tensors made contiguous, its sizes and its launches."""
+    Args:
+        coefficient, pool_bias: of the subsampling, which then takes the place of `pool`.
+        connections: positions of the pairs in a table (out_channels, in_channels); None: all of them.
+        out_channels: counts where there are connections; a dense weight tells itself.
+    """
 
     def __init__(
         self,
@@ -121,13 +37,14 @@ class _Convolution:
         coefficient: Tensor | None,
         pool_bias: Tensor | None,
         connections: Sequence[int] | None,
-        maps: int,
+        out_channels: int,
         padding: int,
         activation: str,
         pool: str,
     ) -> None:
+        maps = weight.shape[0] if connections is None else out_channels
         _check_tensors(input, weight=weight, bias=bias, coefficient=coefficient, pool_bias=pool_bias)
-        if activation not in reference.ACTIVATIONS or pool not in (*reference.POOLS, "subsample"):
+        if activation not in reference.ACTIVATIONS or pool not in reference.POOLS:
             raise RuntimeError(f"activation, pool: {activation!r}, {pool!r}")
         leading = (maps, input.shape[1]) if connections is None else (len(connections),)
         if maps < 1 or weight.dim() != len(leading) + 2 or weight.shape[:-2] != leading:
@@ -136,6 +53,7 @@ class _Convolution:
             raise RuntimeError(f"weight: expected square kernels, got shape {tuple(weight.shape)}")
         if any(t is not None and t.shape != (maps,) for t in (bias, coefficient, pool_bias)):
             raise RuntimeError(f"bias, coefficient, pool_bias: expected shape ({maps},)")
+        pool = pool if coefficient is None else "subsample"
         self.input = input.contiguous()
         self.weight = weight.contiguous()
         self.batch, self.channels, self.height, self.width = input.shape
@@ -167,12 +85,14 @@ class _Convolution:
         }
 
     def forward(self) -> Tensor:
+        """Output (N, out_channels, H, W)."""
         output = self.input.new_empty((self.batch, self.maps, self.out_height, self.out_width))
         grid, tiles = _pixel_grid(self.batch, self.out_height * self.out_width, self.maps, self.window**2, output.dtype)
         launch(kernels.conv_act_pool_kernel, grid, *self._operands(), output, *self._sizes(), **self.options, **tiles)
         return output
 
     def backward(self, grad_output: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+        """Gradients of the first `len(needs)` tensors; an empty one for each that is not needed."""
         need_input, need_weight, need_bias, *need_pool = needs
         expected = (self.batch, self.maps, self.out_height, self.out_width)
         if grad_output.shape != expected:

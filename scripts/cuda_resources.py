@@ -4,7 +4,6 @@
 stack frame.
 """
 
-import csv
 import hashlib
 import os
 import re
@@ -14,21 +13,18 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple
 from functools import cache
 from pathlib import Path
 
 import cuda_toolkit
 from cuda_toolkit import NVCC_FLAGS, find_nvcc
+from resource_table import ROOT, Resources, ResourceTable, read_rows, write_rows
 
-ROOT = Path(__file__).parent.parent
-TABLE = ROOT / "tests" / "cuda_resources.csv"
 CACHE = ROOT / "build" / "cuda_resources"
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("sm_80", "sm_90")
 FLAGS = [*NVCC_FLAGS, "-Xptxas", "-v"]
-TABLE_RELEASE = "13.0"  # of the nvcc that the table is of; another one allocates registers in another way
-REGISTERS = 65536  # of a multiprocessor, on both architectures
 
 
 @cache
@@ -46,35 +42,9 @@ def nvcc_version() -> str:
     return subprocess.run([str(find_nvcc()), "--version"], capture_output=True, text=True, check=True).stdout
 
 
-def is_table_release() -> bool:
-    return f"release {TABLE_RELEASE}," in nvcc_version()
-
-
-@dataclass(frozen=True, order=True)
-class Resources:
-    """Of one kernel on one architecture. `blocks`: a multiprocessor should hold as many (__launch_bounds__)."""
-
-    kernel: str
-    architecture: str
-    threads: int
-    blocks: int
-    registers: int  # a thread
-    static_shared: int  # bytes a block; the launch adds the dynamic ones
-    stack: int  # bytes a thread
-    spills: int  # bytes a thread, stores and loads
-
-    @property
-    def key(self) -> tuple[str, str]:
-        return self.kernel, self.architecture
-
-    def problems(self) -> list[str]:
-        found = []
-        if self.stack or self.spills:
-            found.append(f"stack frame of {self.stack} bytes, {self.spills} bytes of spills")
-        allocated = -(-self.registers // 8) * 8 * -(-self.threads // 32) * 32 * self.blocks
-        if allocated > REGISTERS:
-            found.append(f"{self.blocks} blocks of {self.threads} threads take {allocated} registers of {REGISTERS}")
-        return [f"{self.kernel} on {self.architecture}: {problem}" for problem in found]
+def nvcc_release() -> str:
+    found = re.search(r"release ([\d.]+),", nvcc_version())
+    return found[1] if found else "unknown"
 
 
 def _parse(report: str, ptx: str, architecture: str) -> list[Resources]:
@@ -152,65 +122,14 @@ def compile_all(sources: Iterable[Path] = SOURCES) -> list[Resources]:
     return sorted({resources for kernels in compiled for resources in kernels})  # several files may have the same
 
 
-def read_rows(path: Path) -> list[Resources]:
-    with path.open(newline="") as file:
-        rows = list(csv.reader(file))
-    assert rows[0] == [field.name for field in fields(Resources)], path
-    return [Resources(row[0], row[1], *map(int, row[2:])) for row in rows[1:]]
-
-
-def write_rows(path: Path, kernels: list[Resources]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(field.name for field in fields(Resources))
-        writer.writerows(map(astuple, kernels))
-
-
-def compare(kernels: list[Resources], table: list[Resources]) -> list[str]:
-    """What differs from the table: kernels that only one of them has, other launch bounds, more registers or memory."""
-    built, designed = ({resources.key: resources for resources in rows} for rows in (kernels, table))
-    found = [f"{name} on {architecture}: not in the table" for name, architecture in built.keys() - designed.keys()]
-    found += [f"{name} on {architecture}: only in the table" for name, architecture in designed.keys() - built.keys()]
-    for key in built.keys() & designed.keys():
-        now, then = built[key], designed[key]
-        if (now.threads, now.blocks) != (then.threads, then.blocks):
-            found.append(
-                f"{now.kernel} on {now.architecture}: bounds of {now.threads} threads, {now.blocks} blocks; "
-                f"{then.threads}, {then.blocks} in the table"
-            )
-        for resource in ("registers", "static_shared"):
-            if getattr(now, resource) > getattr(then, resource):
-                found.append(
-                    f"{now.kernel} on {now.architecture}: {getattr(now, resource)} {resource}, "
-                    f"{getattr(then, resource)} in the table"
-                )
-    return sorted(found)
-
-
-def read_table() -> list[Resources]:
-    return read_rows(TABLE)
-
-
-def main(arguments: list[str]) -> int:
-    if arguments not in ([], ["--write"]):
-        print(__doc__)
-        return 2
-    reason = why_unavailable()
-    if reason is None and arguments and not is_table_release():
-        reason = f"the table is made with nvcc {TABLE_RELEASE}; {find_nvcc()} is another release"
-    if reason:
-        print(reason)
-        return 1
-    kernels = compile_all()
-    problems = [problem for resources in kernels for problem in resources.problems()]
-    if arguments and not problems:
-        write_rows(TABLE, kernels)
-        print(f"{TABLE.name}: {len(kernels)} rows")
-    else:
-        problems += compare(kernels, read_table())
-    print(*problems, sep="\n")
-    return 1 if problems else 0
-
+TABLE = ResourceTable(
+    path=ROOT / "tests" / "cuda_resources.csv",
+    compiler="nvcc",
+    release="13.0",
+    found_release=nvcc_release,
+    why_unavailable=why_unavailable,
+    compile_all=compile_all,
+)
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(TABLE.main(sys.argv[1:], __doc__))

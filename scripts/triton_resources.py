@@ -16,12 +16,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from cuda_resources import Resources, compare, read_rows, write_rows
+from resource_table import ROOT, Resources, ResourceTable
 
 from lenet_fast.tables import LENET5_C3, Connections
 
-TABLE = Path(__file__).parent.parent / "tests" / "triton_resources.csv"
-TABLE_RELEASE = "3.7.1"  # of Triton; another one allocates registers in another way
 ARCHITECTURES = (80, 90)
 BATCHES = (128, 8192)  # their launch configurations differ
 DTYPES = {
@@ -40,10 +38,6 @@ def why_unavailable() -> str | None:
     except metadata.PackageNotFoundError:
         return "the package triton is not installed"
     return None
-
-
-def is_table_release() -> bool:
-    return metadata.version("triton") == TABLE_RELEASE
 
 
 def calls() -> Iterator[tuple[str, tuple]]:
@@ -86,7 +80,7 @@ def _tensors(
 
 def launches() -> list[tuple]:
     """(kernel's name, signature, constants, divisible arguments, warps) of every launch of the calls, once each."""
-    from lenet_fast import triton_conv, triton_dense
+    from lenet_fast import ops, triton_conv, triton_dense
 
     found = {}
 
@@ -111,11 +105,10 @@ def launches() -> list[tuple]:
 
     with mock.patch.object(triton_conv, "launch", record), mock.patch.object(triton_dense, "launch", record):
         for name, arguments in calls():
-            module = triton_conv if hasattr(triton_conv, name) else triton_dense
-            output = getattr(module, name)(*arguments)
+            output = ops.triton[name].run_triton(*arguments)
             tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
             needs = (tensors[0].shape[1] > 1, *(True for _ in tensors[1:]))  # nobody needs the gradient of the images
-            getattr(module, f"{name}_backward")(torch.empty_like(output), *arguments, *needs)
+            ops.triton[name].run_triton_backward(torch.empty_like(output), *arguments, *needs)
     return list(found.values())
 
 
@@ -168,30 +161,14 @@ def compile_all() -> list[Resources]:
     return kernels
 
 
-def read_table() -> list[Resources]:
-    return read_rows(TABLE)
-
-
-def main(arguments: list[str]) -> int:
-    if arguments not in ([], ["--write"]):
-        print(__doc__)
-        return 2
-    reason = why_unavailable()
-    if reason is None and arguments and not is_table_release():
-        reason = f"the table is made with Triton {TABLE_RELEASE}, not {metadata.version('triton')}"
-    if reason:
-        print(reason)
-        return 1
-    kernels = compile_all()
-    problems = [problem for resources in kernels for problem in resources.problems()]
-    if arguments and not problems:
-        write_rows(TABLE, kernels)
-        print(f"{TABLE.name}: {len(kernels)} rows")
-    elif not arguments:
-        problems += compare(kernels, read_table())
-    print(*problems, sep="\n")
-    return 1 if problems else 0
-
+TABLE = ResourceTable(
+    path=ROOT / "tests" / "triton_resources.csv",
+    compiler="Triton",
+    release="3.7.1",
+    found_release=lambda: metadata.version("triton"),
+    why_unavailable=why_unavailable,
+    compile_all=compile_all,
+)
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(TABLE.main(sys.argv[1:], __doc__))

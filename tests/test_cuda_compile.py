@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import cuda_resources
 import pytest
-from cuda_resources import ARCHITECTURES, SOURCES, Resources, compare, compile_kernels
+from cuda_resources import ARCHITECTURES, SOURCES, compile_kernels
 from cuda_toolkit import NVCC_FLAGS, find_nvcc
+from resource_table import Resources, compare
 
 pytestmark = pytest.mark.skipif(
     cuda_resources.why_unavailable() is not None, reason=str(cuda_resources.why_unavailable())
@@ -25,11 +26,11 @@ def test_no_kernel_spills_or_exceeds_the_multiprocessor(kernels):
 
 
 @pytest.mark.skipif(
-    cuda_resources.why_unavailable() is None and not cuda_resources.is_table_release(),
-    reason=f"the table of resources is of nvcc {cuda_resources.TABLE_RELEASE}, and this is another",
+    cuda_resources.why_unavailable() is None and not cuda_resources.TABLE.is_of_release_here(),
+    reason=f"the table of resources is of nvcc {cuda_resources.TABLE.release}, and this is another",
 )
 def test_resources_are_within_the_table(kernels):
-    assert compare(kernels, cuda_resources.read_table()) == []
+    assert compare(kernels, cuda_resources.TABLE.read()) == []
 
 
 READ_ONLY = """

@@ -54,6 +54,11 @@ def test_env_reports_the_build():
     assert env.facts()["lenet_fast"]
 
 
+def test_env_tells_how_threads_wait():
+    assert "OMP_WAIT_POLICY=passive\n" in env_report(OMP_WAIT_POLICY="passive")
+    assert "OMP_WAIT_POLICY is not set" in env_report(OMP_WAIT_POLICY="")
+
+
 @pytest.fixture
 def pure_python(tmp_path):
     """A copy of the package with nothing compiled."""

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lenet_fast import data, inference, models, plots, train
+from lenet_fast import data, inference, models, plots, train, train_config
 from lenet_fast.checkpoint import CheckpointError, load_checkpoint
 from lenet_fast.data import Dataset, Split
 from lenet_fast.train import Run, TrainConfig, TrainingError
@@ -193,7 +193,7 @@ def test_learning_rate_follows_its_schedule_from_step_to_step():
     assert cycle[-1] < 0.02
 
 
-@pytest.mark.parametrize("dtype", train.DTYPES)
+@pytest.mark.parametrize("dtype", train_config.DTYPES)
 @pytest.mark.parametrize("reference", [False, True])
 def test_every_dtype_learns(few, dtype, reference):
     options = {"dtype": dtype, "reference": reference, "engine": "autograd"}

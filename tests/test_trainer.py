@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -73,7 +74,9 @@ def assert_parameters_close(one, other, atol):
         torch.testing.assert_close(a, b, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def assert_trains_alike(model, twin, settings, shape, *, steps, batches=(5, 17, 32), atol=1e-10, loss=None, **options):
+def assert_trains_alike(
+    model, twin, settings, shape, *, steps, batches=(5, 1, 17, 4, 32), atol=1e-10, loss=None, **options
+):
     """`steps` steps of both on the same batches: losses and parameters."""
     classes = twin(torch.zeros(1, *shape, dtype=torch.float64)).shape[-1]
     images, labels = images_like(48, shape, classes=classes)
@@ -233,7 +236,7 @@ def test_the_twin_is_trained_like_the_model():
     assert_parameters_close(model, twin, 0)
 
 
-@pytest.mark.parametrize("size", [1, 7, 8, 9, 15, 16, 17, 31, 48, 100])
+@pytest.mark.parametrize("size", [*range(1, 10), 15, 16, 17, 31, 48, 100])
 def test_every_batch_size(size):
     model = build("lenet1")
     twin = model.reference()
@@ -256,15 +259,16 @@ def test_a_large_batch_takes_several_chunks(size):
     assert_parameters_close(model, twin, 1e-12)
 
 
+@pytest.mark.parametrize("size", [4, 32])
 @pytest.mark.parametrize("name", models.MODELS)
-def test_float32_is_as_close_to_float64_as_pytorch_is(name):
+def test_float32_is_as_close_to_float64_as_pytorch_is(name, size):
     """After ten steps of SGD, by the largest error of each parameter; median of five seeds."""
     ratios = []
     for seed in range(5):
         exact = build(name, seed=seed)
         single = copy.deepcopy(exact).float()
         twin = single.reference()
-        images, labels = images_like(32, size_of(exact), seed=seed)
+        images, labels = images_like(size, size_of(exact), seed=seed)
         settings = gentle(name, SETTINGS[1])
         exact_twin = exact.reference()
         optimizers = [plain_optimizer(model, settings) for model in (exact_twin, twin)]
@@ -311,8 +315,8 @@ def test_memory_that_starts_as_nan_does_no_harm(poisoned_memory):
     model = build("lenet5-1998", torch.float32)
     trainer = FusedTrainer(model, "adam", lr=1e-3)
     images, labels = images_like(37, (1, 32, 32), torch.float32)
-    for _ in range(3):
-        assert math.isfinite(trainer.step(images, labels))
+    for size in (37, 3, 1, 37):
+        assert math.isfinite(trainer.step(images[:size], labels[:size]))
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
@@ -327,8 +331,9 @@ def variant_check():
     assert _build_info.selected_isa() == os.environ["LENET_FAST_CPU_ISA"]
     for name in models.MODELS:
         model = build(name)
-        assert_trains_alike(model, model.reference(), gentle(name, SETTINGS[2]), size_of(model), steps=4)
-        test_float32_is_as_close_to_float64_as_pytorch_is(name)
+        assert_trains_alike(model, model.reference(), gentle(name, SETTINGS[2]), size_of(model), steps=5)
+        for size in (2, 32):
+            test_float32_is_as_close_to_float64_as_pytorch_is(name, size)
 
 
 # --- Whole runs -------------------------------------------------------------------------------------------------------
@@ -346,7 +351,7 @@ def test_a_run_is_the_loop_anyone_would_write(name):
     twin = model.reference()
     settings = gentle(name, SETTINGS[1])
     optimizer = plain_optimizer(twin, settings)
-    images, labels = bytes_like(70)
+    images, labels = bytes_like(68)
     seen = []
     history = FusedTrainer(model, **settings).run(
         images,
@@ -360,13 +365,13 @@ def test_a_run_is_the_loop_anyone_would_write(name):
     generator = torch.Generator().manual_seed(3)
     losses, right = [], []
     for _ in range(2):
-        for batch in torch.randperm(70, generator=generator).split(32):
+        for batch in torch.randperm(68, generator=generator).split(32):
             classes = models.classify(twin, twin(inputs[batch]))
             right.append((classes == labels[batch]).sum().item())
             losses.append(plain_step(twin, optimizer, inputs[batch], labels[batch]))
     torch.testing.assert_close(history.losses.flatten().tolist(), losses, rtol=0, atol=1e-10)
     assert history.correct.tolist() == [right[:3], right[3:]]
-    assert history.accuracy == [sum(right[:3]) / 70, sum(right[3:]) / 70]
+    assert history.accuracy == [sum(right[:3]) / 68, sum(right[3:]) / 68]
     assert [step for step, _ in seen] == [1, 2, 3, 4, 5, 6]
     assert [loss for _, loss in seen] == history.losses.flatten().tolist()
     assert_parameters_close(model, twin, 1e-10)
@@ -418,6 +423,24 @@ def test_a_run_that_diverges_stops_there():
         trainer.run(*bytes_like(200), batch_size=8, epochs=10, on_step=lambda step, loss: losses.append(loss))
     assert losses
     assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_the_pace_of_one_epoch_is_that_of_the_next(monkeypatch):
+    """Steps a native call: one at first, then ever more; another batch size starts afresh."""
+    calls = []
+    trainer = FusedTrainer(build("lenet1"), lr=0.01)
+    call = trainer._call
+
+    def counted(images, labels, order, batch_size, rates):
+        calls.append(len(rates))
+        return call(images, labels, order, batch_size, rates)
+
+    monkeypatch.setattr(trainer, "_call", counted)
+    monkeypatch.setattr("lenet_fast.trainer._CALL_SECONDS", 1e9)  # a call may take as long as it likes
+    trainer.run(*bytes_like(40), batch_size=2, epochs=2)
+    assert calls == [1, 4, 15, 20]
+    trainer.run(*bytes_like(40), batch_size=4)
+    assert calls[4:] == [1, 4, 5]
 
 
 # --- The model and the optimizer stay PyTorch's -----------------------------------------------------------------------
@@ -733,6 +756,155 @@ def test_changes_of_the_model_are_noticed():
         trainer.step(images, labels)
 
 
+def changes_between_steps():
+    """Of a model and its optimizer, after the first step; each makes the second step another one."""
+
+    def parameter_data(model, optimizer):
+        model.output.weight.data = 2 * model.output.weight.data
+
+    def parameter_in_place(model, optimizer):
+        with torch.no_grad():
+            model.output.weight.mul_(2)
+
+    def frozen(model, optimizer):
+        model.output.weight.requires_grad_(False)
+
+    def thawed(model, optimizer):
+        model.conv1.bias.requires_grad_(True)
+
+    def state_cleared(model, optimizer):
+        optimizer.state.clear()
+
+    def moments_replaced(model, optimizer):
+        state = optimizer.state[model.output.weight]
+        for name in state.keys() - {"step"}:
+            state[name] = 2 * state[name]
+
+    def one_state_replaced(model, optimizer):
+        state = optimizer.state[model.output.weight]
+        optimizer.state[model.output.weight] = {name: value + 1 for name, value in state.items()}
+
+    def state_loaded(model, optimizer):
+        state = copy.deepcopy(optimizer.state_dict())
+        for moments in state["state"].values():
+            for value in moments.values():
+                value.add_(1)
+        optimizer.load_state_dict(state)
+
+    def settings(model, optimizer):
+        optimizer.param_groups[0].update(lr=0.3, weight_decay=0.2)
+
+    def class_of_a_layer(model, optimizer):
+        model.act3.__class__ = nn.Tanh
+
+    def option_of_a_layer(model, optimizer):
+        model.conv2.padding = (1, 1)
+        model.dense.weight.data = model.dense.weight.data.repeat(1, 2)[:, : 6 * 16].contiguous()
+        model.dense.in_features = 6 * 16
+        optimizer.state.clear()
+
+    return [value for value in locals().values() if callable(value)]
+
+
+@pytest.mark.parametrize("change", changes_between_steps(), ids=lambda change: change.__name__)
+@pytest.mark.parametrize("settings", [SETTINGS[1], SETTINGS[3]], ids=lambda settings: settings["optimizer"])
+def test_what_changes_between_steps_counts(change, settings):
+    torch.manual_seed(0)
+    model = lenet().double()
+    model.conv1.bias.requires_grad_(False)
+    twin, unchanged = copy.deepcopy(model), copy.deepcopy(model)
+    images, labels = images_like(5, (1, 20, 20))
+    trainer, other = FusedTrainer(model, **settings), FusedTrainer(unchanged, **settings)
+    optimizer = plain_optimizer(twin, settings)
+    for step in range(3):
+        if step == 1:
+            change(model, trainer.optimizer)
+            change(twin, optimizer)
+        trainer.step(images, labels)
+        other.step(images, labels)
+        plain_step(twin, optimizer, images, labels, nn.CrossEntropyLoss())
+    assert_parameters_close(model, twin, 1e-12)
+    assert any(
+        a.shape != b.shape or (a - b).abs().max() > 1e-6
+        for a, b in zip(model.parameters(), unchanged.parameters(), strict=True)
+    )
+
+
+def bad_changes_between_steps():
+    """The same, but no step can be taken then."""
+
+    def smaller(model, trainer):
+        model.output.weight.data = model.output.weight.data[:, :10].contiguous()
+
+    def smaller_in_the_same_place(model, trainer):
+        model.output.weight.data = model.output.weight.data[:5]
+
+    def transposed(model, trainer):
+        model.output.weight.data = model.output.weight.data.t()
+
+    def another_dtype(model, trainer):
+        model.output.weight.data = model.output.weight.data.double()
+
+    def half(model, trainer):
+        model.half()
+
+    def overlapping(model, trainer):
+        memory = torch.zeros(220)
+        model.output.weight.data = memory[:200].view(10, 20)
+        model.output.bias.data = memory[195:205]
+
+    def moment_of_another_size(model, trainer):
+        trainer.optimizer.state[model.output.weight]["exp_avg"] = torch.zeros(3)
+
+    def moment_resized(model, trainer):
+        trainer.optimizer.state[model.output.weight]["exp_avg_sq"].resize_(10, 10)
+
+    def count_of_another_dtype(model, trainer):
+        trainer.optimizer.state[model.output.weight]["step"] = torch.zeros((), dtype=torch.float64)
+
+    def parameter_out_of_the_optimizer(model, trainer):
+        trainer.optimizer.param_groups[0]["params"].pop()
+
+    def parameter_replaced_in_the_optimizer(model, trainer):
+        trainer.optimizer.param_groups[0]["params"][-1] = nn.Parameter(torch.zeros(10))
+
+    def second_group(model, trainer):
+        trainer.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+
+    return [value for value in locals().values() if callable(value)]
+
+
+@pytest.mark.parametrize("change", bad_changes_between_steps(), ids=lambda change: change.__name__)
+def test_what_cannot_be_trained_any_more_is_refused(change):
+    model = lenet()
+    trainer = FusedTrainer(model, "adam", lr=0.1)
+    images, labels = images_like(5, (1, 20, 20), torch.float32)
+    trainer.step(images, labels)
+    change(model, trainer)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for _ in range(2):  # and the second time as the first
+        with pytest.raises((RuntimeError, ValueError, TypeError)):
+            trainer.step(images, labels)
+    for parameter, value in zip(model.parameters(), before, strict=True):
+        assert torch.equal(parameter, value)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda trainer: pickle.loads(pickle.dumps(trainer))])
+def test_a_copy_is_on_its_own(copied):
+    images, labels = images_like(5, (1, 20, 20), torch.float32)
+    trainer = FusedTrainer(lenet(), "adam", lr=0.01)
+    trainer.step(images, labels)
+    other = copied(trainer)
+    before = copy.deepcopy(trainer.model)
+    other.step(images, labels)
+    assert_parameters_close(trainer.model, before, 0)
+    trainer.step(images, labels)
+    assert_parameters_close(trainer.model, other.model, 0)
+    other.model.conv1.stride = (2, 2)
+    with pytest.raises(NetworkError, match="conv1: stride"):
+        other.step(images, labels)
+
+
 def test_sizes_that_do_not_fit_are_refused():
     trainer = FusedTrainer(lenet(), lr=0.1)
     for shape, part in (
@@ -805,11 +977,12 @@ def test_settings_are_checked():
 
 
 @pytest.mark.parametrize("name", ["lenet5", "lenet5-1998"])
-def test_a_step_whose_loss_is_not_finite_is_not_taken(name):
+@pytest.mark.parametrize("size", [2, 20])
+def test_a_step_whose_loss_is_not_finite_is_not_taken(name, size):
     model = build(name, torch.float32)
     before = copy.deepcopy(model)
-    images, labels = images_like(20, size_of(model), torch.float32)
-    images[13, 0, 5, 5] = math.nan
+    images, labels = images_like(size, size_of(model), torch.float32)
+    images[size // 2, 0, 5, 5] = math.nan
     with pytest.raises(TrainingError, match="not finite in step 1"):
         FusedTrainer(model, "adam", lr=1e-3).step(images, labels)
     assert_parameters_close(model, before, 0)

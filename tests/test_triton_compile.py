@@ -2,7 +2,7 @@
 
 import pytest
 import triton_resources
-from triton_resources import compare
+from resource_table import compare
 
 pytestmark = pytest.mark.skipif(
     triton_resources.why_unavailable() is not None, reason=str(triton_resources.why_unavailable())
@@ -22,11 +22,11 @@ def test_no_kernel_spills(kernels):
 
 
 @pytest.mark.skipif(
-    triton_resources.why_unavailable() is None and not triton_resources.is_table_release(),
-    reason=f"the table of resources is of Triton {triton_resources.TABLE_RELEASE}, and this is another",
+    triton_resources.why_unavailable() is None and not triton_resources.TABLE.is_of_release_here(),
+    reason=f"the table of resources is of Triton {triton_resources.TABLE.release}, and this is another",
 )
 def test_resources_are_within_the_table(kernels):
-    assert compare(kernels, triton_resources.read_table()) == []
+    assert compare(kernels, triton_resources.TABLE.read()) == []
 
 
 def test_a_spilling_launch_is_seen():

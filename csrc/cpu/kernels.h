@@ -85,6 +85,9 @@ struct NetworkKernels {
   // The same for a few floating images in their order; `memory` needs no initial value.
   size_t (*few_bytes)(const NetworkGeometry&);
   void (*infer_few)(const Network<T>&, const T* images, int64_t count, T* output, void* memory);
+  // A whole step on at most lanes / 2 images, on one thread; `memory` needs no initial value.
+  size_t (*few_training_bytes)(const NetworkGeometry&, int64_t images);
+  void (*train_few)(const TrainingStep<T>&, void* memory);
 };
 
 struct Kernels {

@@ -11,7 +11,7 @@
 #include "dense_block.h"
 #include "image_block.h"
 #include "loss_block.h"
-#include "network_few.h"
+#include "network_train_few.h"
 #include "update.h"
 
 namespace lenet_fast::cpu::LENET_FAST_ISA {
@@ -448,8 +448,16 @@ void network_infer(const Network<T>& network, const Images<T>& images, int64_t b
 
 template <typename T>
 constexpr NetworkKernels<T> network_kernels() {
-  return {kLanes<T>,         network_thread_bytes<T>, network_prepare<T>,   network_train<T>,
-          network_update<T>, network_infer<T>,        network_few_bytes<T>, network_infer_few<T>};
+  return {kLanes<T>,
+          network_thread_bytes<T>,
+          network_prepare<T>,
+          network_train<T>,
+          network_update<T>,
+          network_infer<T>,
+          network_few_bytes<T>,
+          network_infer_few<T>,
+          network_few_training_bytes<T>,
+          network_train_few<T>};
 }
 
 }  // namespace lenet_fast::cpu::LENET_FAST_ISA

@@ -102,7 +102,7 @@ def test_launches_fit_the_designed_occupancy(dtype, monkeypatch, tmp_path):
     for case in FEW_IMAGES:
         case.gradients(case.tensors(dtype), pool=case.pools[0], backend="native")
     launches = {tuple(line.split(" ", 2)) for line in (tmp_path / "launches").read_text().splitlines()}
-    table = {row.key: row for row in cuda_resources.read_table()}
+    table = {row.key: row for row in cuda_resources.TABLE.read()}
     for threads, shared_bytes, kernel in launches:
         for architecture, limit in SHARED_BYTES.items():
             designed = table[cuda_resources.short_name(kernel), architecture]

@@ -1,0 +1,161 @@
+"""What the native training steps take of a model and its optimizer, checked; looked up again only after a change.
+
+A step on one image takes tens of microseconds in native code, and so does walking through the modules in Python.
+"""
+
+import itertools
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from . import backends
+from .network import Network, NetworkError
+from .snapshot import Snapshot, holds
+
+__all__ = ["TrainingOperands"]
+
+
+class TrainingOperands:
+    """The network in `model`, its parameters, and their state in an optimizer.
+
+    Args:
+        model: read here, and again by `refresh` when it has changed.
+
+    Raises:
+        NetworkError: a model or parameters that the native steps do not take; names the part.
+        RuntimeError: hooks on all modules.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        _refuse_hooks_on_all_modules()
+        self._read()
+
+    def __reduce__(self) -> tuple:
+        return TrainingOperands, (self.model,)  # a copy looks at the dictionaries of its own model
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """One for all: they agree in dtype and device."""
+        return self.parameters[0]
+
+    def numbers(self, image: tuple[int, int, int]) -> list[int]:
+        """The network for images (C, H, W), see `Network.numbers`."""
+        if image not in self._numbers:
+            self._numbers[image] = self.network.numbers(image)
+        return self._numbers[image]
+
+    def refresh(self, optimizer: torch.optim.Optimizer, moments: tuple[str, ...], *, counts_steps: bool) -> None:
+        """Bring everything up to date with the model and the optimizer, and make the state that is missing.
+
+        Args:
+            optimizer: of one group of parameters.
+            moments: names of the tensors like it that the optimizer has of a parameter.
+            counts_steps: whether it has a number of steps of each.
+
+        Raises:
+            NetworkError: as when made; a parameter that the optimizer does not have.
+            RuntimeError: as when made.
+        """
+        _refuse_hooks_on_all_modules()
+        if not self._snapshot.holds():
+            self._read()
+        elif self._marks_now() != self._marks:
+            self._check_parameters()
+        owned = optimizer.param_groups[0]["params"]
+        if (
+            self._state is not optimizer.state
+            or self._moments != moments
+            or len(owned) != len(self._owned)
+            or not all(map(operator.is_, owned, self._owned))
+            or not holds((), (), self._state_entries)
+        ):
+            self._look_up_state(optimizer, moments, counts_steps)
+
+    def _read(self) -> None:
+        self.network = Network.of(self.model)
+        self._snapshot = Snapshot(self.model)
+        self.names, self.parameters = zip(*self.network.named_parameters(), strict=True)
+        self.tensors = self.network.tensors()
+        self._numbers: dict[tuple[int, int, int], list[int]] = {}
+        self._check_parameters()
+
+    # --- parameters --------------------------------------------------------------------------------------------------
+
+    def _marks_now(self) -> list[tuple]:
+        """What can change of parameters that stay the same objects; the native step checks their sizes."""
+        return [
+            (
+                p.data_ptr(),
+                p.dtype,
+                p.stride(),
+                p.requires_grad,
+                bool(p._backward_hooks or p._post_accumulate_grad_hooks),
+            )
+            for p in self.parameters
+        ]
+
+    def _check_parameters(self) -> None:
+        """Raise unless the native step can write to all of them."""
+        self._marks: list[tuple] | None = None
+        self._state = None  # of the optimizer: to look up again
+        ranges = []
+        dtype = self.parameter.dtype
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            if parameter.dtype not in (torch.float32, torch.float64) or parameter.dtype != dtype:
+                raise NetworkError(f"{name}: expected float32 or float64, one for all, got {parameter.dtype}")
+            if parameter.is_cuda and dtype != torch.float32:
+                raise NetworkError(f"{name}: expected float32 on CUDA, got {dtype}")
+            if (reason := backends.why_unavailable("native", parameter.device.type)) is not None:
+                raise NetworkError(f"{name}: on {parameter.device}, where the fused trainer cannot run: {reason}")
+            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+                raise NetworkError(f"{name}: has gradient hooks, which the fused trainer would not call")
+            if not parameter.is_contiguous():
+                raise NetworkError(f"{name}: not contiguous, strides {parameter.stride()} for {tuple(parameter.shape)}")
+            begin = parameter.data_ptr()
+            ranges.append((begin, begin + parameter.numel() * parameter.element_size(), name))
+        ranges.sort()
+        for (_, end, name), (begin, _, other) in itertools.pairwise(ranges):
+            if begin < end:
+                raise NetworkError(f"{other}: shares memory with {name}")
+        self.trained = [p for p in self.parameters if p.requires_grad]
+        self.trains = [int(p.requires_grad) for p in self.parameters]
+        self._marks = self._marks_now()
+
+    # --- the optimizer's state ---------------------------------------------------------------------------------------
+
+    def _look_up_state(self, optimizer: torch.optim.Optimizer, moments: tuple[str, ...], counts_steps: bool) -> None:
+        """Moments and step counts of the parameters, made where they are missing; frozen ones get stand-ins."""
+        owned = list(optimizer.param_groups[0]["params"])
+        known = set(map(id, owned))
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            if id(parameter) not in known:
+                raise NetworkError(f"{name}: was replaced after the trainer was made; make a new one")
+        first: list[Tensor] = []
+        second: list[Tensor] = []
+        counts: list[Tensor] = []
+        entries: list[Any] = []  # dict, key, value, ...: see csrc/snapshot.cpp
+        for parameter in self.parameters if moments else ():
+            state = optimizer.state[parameter] if parameter.requires_grad else {}
+            for name, tensors in zip(moments, (first, second), strict=False):
+                if state.get(name) is None:
+                    state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
+                tensors.append(state[name])
+            if counts_steps:
+                if "step" not in state:
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                counts.append(state["step"])
+            if parameter.requires_grad:
+                entries += [optimizer.state, parameter, state]
+                for name, value in state.items():
+                    entries += [state, name, value]
+        self.first_moments, self.second_moments, self.step_counts = first, second, counts
+        self._state, self._moments, self._owned, self._state_entries = optimizer.state, moments, owned, tuple(entries)
+
+
+def _refuse_hooks_on_all_modules() -> None:
+    if _has_any_global_hook():
+        raise RuntimeError("hooks on all modules are set: the fused trainer would not call them")
