@@ -51,13 +51,15 @@ pytest=("${python[@]}" -m pytest -p no:cacheprovider)
 parallel=()
 if "${pytest[@]}" -p xdist.plugin --markers > /dev/null 2>&1; then parallel=(-p xdist.plugin -n "$(nproc)"); fi
 mapfile -t operators < <(grep -l "implementations()" tests/test_*.py) # no others: only importing them takes its time
-check=(--error-exitcode 1 "${pytest[@]}" tests/test_cuda.py -k test_small)
+training=tests/test_cuda_training.py
+check=(--error-exitcode 1 "${pytest[@]}" tests/test_cuda.py "$training" -k test_small)
 
 step build build 150 "${python[@]}" setup.py --quiet build_ext --inplace
 step build env 20 "${python[@]}" -m lenet_fast env
+step test training 60 "${pytest[@]}" "${parallel[@]}" "$training" -m "not alone"
 step test operators 110 "${pytest[@]}" "${parallel[@]}" "${operators[@]}" \
   -m "not alone" -k "cuda-native or cuda-triton or test_cuda.py"
-step test alone 40 "${pytest[@]}" "${operators[@]}" -m alone
+step test alone 40 "${pytest[@]}" "${operators[@]}" "$training" -m alone
 # Uncached, every tensor is an allocation of its own: reading past its end is an error.
 step sanitize memcheck 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck "${check[@]}"
 step sanitize racecheck 45 compute-sanitizer --tool racecheck "${check[@]}"

@@ -178,6 +178,9 @@ struct Backend {
   static std::tuple<Tensor, Tensor> train(const NetworkOperand& operand, const TrainingArguments& arguments) {
     return with_parameter_type(arguments.parameters, [&]<typename T>(T) {
       Training<T> training(operand, arguments);
+      if (training.watch != nullptr) {
+        fail("watch: expected none on the CPU, where a call ends with its last step");
+      }
       check_values("labels", training.labels, training.num_images, operand.geometry().classes);
       check_values("order", training.images.order, training.total, training.num_images);
       const Tensor& like = arguments.parameters[0];

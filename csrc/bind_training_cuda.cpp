@@ -8,6 +8,15 @@
 namespace lenet_fast::cuda {
 namespace {
 
+// Where the device finds what the host calls `memory`.
+double* on_device(double* memory, const char* name) {
+  void* found = nullptr;
+  if (memory != nullptr && cudaHostGetDevicePointer(&found, memory, 0) != cudaSuccess) {
+    fail(name, ": expected pinned memory");
+  }
+  return static_cast<double*>(found);
+}
+
 struct Backend {
   // Unlike on the CPU, labels and order are on the device and not read here: a label or image that does not exist makes
   // the loss of its step NaN. A step whose loss is not finite is not taken, nor any after it; their losses are NaN.
@@ -35,6 +44,7 @@ struct Backend {
     run.batch_size = training.batch_size;
     run.extra_score = training.extra_score;
     run.learning_rates = training.learning_rates;
+    run.watch = on_device(training.watch, "watch");
 
     const Tensor losses = torch::stable::new_empty(like, {training.steps}, ScalarType::Double);
     const Tensor correct = torch::stable::new_empty(like, {training.steps}, ScalarType::Long);

@@ -44,6 +44,7 @@ struct TrainingArguments {
   const Name& optimizer;
   const std::vector<double>&settings, &learning_rates;
   double j;
+  const std::optional<Tensor>& watch;
 };
 
 // The same, checked: all but the values of labels and order, which only a kernel may be able to read.
@@ -65,6 +66,7 @@ struct Training {
   int64_t num_images, total, batch_size, steps;  // total: images in all steps together
   T extra_score;                                 // -j
   std::vector<double> learning_rates;            // one a step
+  double* watch = nullptr;                       // (1 + steps) in the host's memory; null: nobody watches
 
   Training(const NetworkOperand& operand, const TrainingArguments& a)
       : network(operand.network<T>(a.parameters)),
@@ -95,9 +97,21 @@ struct Training {
       fail("learning_rates: expected one for each of the ", steps, " steps, got ", learning_rates.size());
     }
     add_state(operand, a, like);
+    if (a.watch.has_value()) {
+      watch = check_watch(*a.watch);
+    }
   }
 
  private:
+  double* check_watch(const Tensor& tensor) const {
+    if (!tensor.is_cpu() || tensor.scalar_type() != ScalarType::Double || tensor.dim() != 1 ||
+        tensor.size(0) != steps + 1) {
+      fail("watch: expected float64 (", steps + 1, ",) on the CPU, got shape ", shape(tensor));
+    }
+    NetworkOperand::check_contiguous("watch", tensor);
+    return static_cast<double*>(tensor.mutable_data_ptr());
+  }
+
   static const int64_t* check_indices(const char* name, const Tensor& tensor, const Tensor& like) {
     check_device(name, tensor, like);
     if (tensor.scalar_type() != ScalarType::Long || tensor.dim() != 1) {
@@ -155,13 +169,13 @@ std::tuple<Tensor, Tensor> network_train(const std::vector<int64_t>& numbers, co
                                          const Tensor& images, const Tensor& labels, const std::optional<Tensor>& order,
                                          int64_t batch_size, double scale, double background, const Name& optimizer,
                                          const std::vector<double>& settings, const std::vector<double>& learning_rates,
-                                         double j) {
+                                         double j, const std::optional<Tensor>& watch) {
   if (parameters.empty()) {
     fail("parameters: expected at least one tensor");
   }
   return Backend::train(NetworkOperand(numbers),
                         {parameters, first_moments, second_moments, step_counts, trains, images, labels, order,
-                         batch_size, scale, background, optimizer, settings, learning_rates, j});
+                         batch_size, scale, background, optimizer, settings, learning_rates, j, watch});
 }
 
 }  // namespace lenet_fast

@@ -95,13 +95,16 @@ dispatched = {name: DifferentiableOperator(name, *declaration) for name, declara
 triton = {name: TritonOperator(name, *declaration) for name, declaration in (_CONVOLUTIONS | _DENSE).items()}
 
 # Whole networks, see csrc/network_operands.h. `network_train` takes steps of training in place and returns of each the
-# mean loss (float64) and the number of images right; one whose loss is not finite is the last, and is not taken.
+# mean loss (float64) and the number of images right; one whose loss is not finite is the last, and is not taken. On
+# CUDA, where it only queues them, `watch` is for the host meanwhile, pinned float64 (1 + steps,): not 0 in the first
+# asks to stop before the next step, the others receive the loss of each step as soon as it is known.
 # `network_infer` returns scores or distances of a network that `network_define` has read, until `network_release`.
 # None of them is differentiable: `trainer` and `native_forward` call them.
 for _schema in (
     "network_train(int[] network, Tensor(a!)[] parameters, Tensor(b!)[] first_moments, Tensor(c!)[] second_moments, "
     "Tensor(d!)[] step_counts, int[] trains, Tensor images, Tensor labels, Tensor? order, int batch_size, float scale, "
-    "float background, str optimizer, float[] settings, float[] learning_rates, float j) -> (Tensor, Tensor)",
+    "float background, str optimizer, float[] settings, float[] learning_rates, float j, Tensor(e!)? watch=None) -> "
+    "(Tensor, Tensor)",
     "network_define(int[] network) -> int",
     "network_release(int network) -> ()",
     "network_infer(int network, Tensor[] parameters, Tensor images, float scale, float background) -> Tensor",

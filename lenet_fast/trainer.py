@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from .functional import check_choice
 from .models import InputSpec
+from .network import NetworkError
 from .training_operands import TrainingOperands
+from .watch import Watch
 
 __all__ = ["FusedTrainer", "History", "TrainingError"]
 
 OnStep = Callable[[int, float], None]
 
-_CALL_SECONDS = 0.1  # of a native call: how long Ctrl-C waits
+_CALL_SECONDS = 0.1  # of a native call on the CPU: how long Ctrl-C waits
+_QUEUES = {"cuda"}  # device types on which a native call returns when its steps are queued
 
 
 class TrainingError(RuntimeError):
@@ -56,7 +59,7 @@ class FusedTrainer:
     `optimizer` is a `torch.optim` optimizer over the parameters of the model, whose settings and state are those of the
     training: learning-rate schedulers and `optimizer.step()` work on it, and its `state_dict` is PyTorch's.
 
-    With the same number of threads a training repeats itself to the bit.
+    With the same number of threads, or on the same kind of GPU, a training repeats itself to the bit.
 
     Args:
         model: on the CPU, of dtype float32 or float64, or on CUDA, of dtype float32. Parameters that do not require
@@ -111,6 +114,7 @@ class FusedTrainer:
             "adam": lambda: torch.optim.Adam(parameters, **common, betas=betas, eps=eps, fused=True),
             "adamw": lambda: torch.optim.AdamW(parameters, **common, betas=betas, eps=eps, fused=True),
         }[optimizer]()
+        self._try_on_nothing()
 
     def step(self, images: Tensor, labels: Tensor) -> float:
         """One training step on one batch; returns the mean loss before the update.
@@ -147,9 +151,10 @@ class FusedTrainer:
         Args:
             images, labels: the whole data set, as `step` takes a batch.
             batch_size: images a step.
-            generator: draws the orders, `torch.randperm(N, generator=generator)`; None: PyTorch's default one.
-            on_step: called for every step, counted from 1, with its mean loss; several steps at a time, about ten
-                times a second.
+            generator: draws the orders, `torch.randperm(N, generator=generator)` on its device; None: PyTorch's default
+                one of the CPU. The same generator gives the same batches wherever the model is.
+            on_step: called for every step, counted from 1, with its mean loss; several steps at a time, ten times a
+                second or more. The parameters may be those of a later step by then.
 
         Raises:
             TrainingError: a loss is not finite; the parameters are those before that step.
@@ -161,13 +166,16 @@ class FusedTrainer:
         images, labels = self._check_data(images, labels)
         steps = math.ceil(len(labels) / batch_size)
         losses, correct = [], []
+        drawn_on = torch.device("cpu") if generator is None else generator.device
+        pinned = images.is_cuda and drawn_on.type == "cpu"
         for epoch in range(epochs):
-            order = torch.randperm(len(labels), generator=generator)
+            order = torch.randperm(len(labels), generator=generator, device=drawn_on, pin_memory=pinned)
 
             def report(step: int, loss: float, before: int = epoch * steps) -> None:
                 on_step(before + step, loss)
 
-            results = self.run_epoch(images, labels, order, batch_size, on_step=None if on_step is None else report)
+            rates = [self._group()["lr"]] * steps
+            results = self._run(images, labels, order, batch_size, rates, None if on_step is None else report)
             losses.append(results[0])
             correct.append(results[1])
         return History(torch.stack(losses), torch.stack(correct), len(labels))
@@ -192,33 +200,14 @@ class FusedTrainer:
         images, labels = self._check_data(images, labels)
         if order.dtype != torch.int64 or order.dim() != 1 or not len(order):
             raise ValueError(f"order: expected int64 (M,), M > 0, got {order.dtype} of shape {tuple(order.shape)}")
-        for index in (order.min().item(), order.max().item()):
+        for index in torch.stack(order.aminmax()).tolist():
             if not 0 <= index < len(labels):
                 raise ValueError(f"order: expected indices from 0 to {len(labels) - 1}, got {index}")
         steps = math.ceil(len(order) / batch_size)
         rates = [self._group()["lr"]] * steps if learning_rates is None else list(learning_rates)
         if len(rates) != steps:
             raise ValueError(f"learning_rates: expected one for each of the {steps} steps, got {len(rates)}")
-        order = order.to(images.device)
-        losses, correct = [], []
-        done, steps_a_call = 0, self._pace[1] if self._pace[0] == batch_size else 1
-        while done < steps:
-            stop = min(steps, done + steps_a_call)
-            part = order[done * batch_size : stop * batch_size]
-            started = time.perf_counter()
-            part_losses, part_correct = self._call(images, labels, part, batch_size, rates[done:stop])
-            seconds = time.perf_counter() - started
-            losses.append(part_losses)
-            correct.append(part_correct)
-            for loss in part_losses.tolist():
-                done += 1
-                if not math.isfinite(loss):
-                    raise TrainingError(_not_finite(done))
-                if on_step is not None:
-                    on_step(done, loss)
-            steps_a_call = max(1, min(4 * steps_a_call, int(_CALL_SECONDS / seconds * len(part_losses))))
-            self._pace = batch_size, steps_a_call
-        return torch.cat(losses), torch.cat(correct)
+        return self._run(images, labels, order, batch_size, rates, on_step)
 
     def state_dict(self) -> dict[str, Any]:
         """State of the optimizer, in the form of `torch.optim`; the parameters are in the model's own `state_dict`."""
@@ -229,12 +218,98 @@ class FusedTrainer:
         self.optimizer.load_state_dict(state)
         self._group()
 
-    # --- one native call ---------------------------------------------------------------------------------------------
+    # --- native calls ------------------------------------------------------------------------------------------------
+
+    def _run(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        order: Tensor,
+        batch_size: int,
+        rates: list[float],
+        on_step: OnStep | None,
+    ) -> tuple[Tensor, Tensor]:
+        """`run_epoch` on checked arguments."""
+        order = order.to(images.device, non_blocking=True)
+        queues = images.device.type in _QUEUES
+        losses, correct = [], []
+        done, steps_a_call = 0, self._pace[1] if self._pace[0] == batch_size else 1
+
+        def note(new: list[float]) -> None:
+            nonlocal done
+            for loss in new:
+                done += 1
+                if not math.isfinite(loss):
+                    raise TrainingError(_not_finite(done))
+                if on_step is not None:
+                    on_step(done, loss)
+
+        while done < len(rates):
+            stop = len(rates) if queues else min(len(rates), done + steps_a_call)
+            data = images, labels, order[done * batch_size : stop * batch_size], batch_size, rates[done:stop]
+            started = time.perf_counter()
+            if queues:
+                results = self._watched_call(*data, note)
+            else:
+                results = self._call(*data)
+                seconds = time.perf_counter() - started
+                steps_a_call = max(1, min(4 * steps_a_call, int(_CALL_SECONDS / seconds * len(results[0]))))
+                self._pace = batch_size, steps_a_call
+                note(results[0].tolist())
+            losses.append(results[0])
+            correct.append(results[1])
+        return torch.cat(losses), torch.cat(correct)
+
+    def _watched_call(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        order: Tensor,
+        batch_size: int,
+        rates: list[float],
+        note: Callable[[list[float]], None],
+    ) -> tuple[Tensor, Tensor]:
+        """`_call` where it only queues the steps: what it returned of those that were taken, when all have ended."""
+        stream = torch.cuda.current_stream(images.device)
+        watch = Watch(len(rates))
+        try:
+            losses, correct = self._call(images, labels, order, batch_size, rates, watch.memory)
+            taken = watch.follow(stream.record_event(), note)
+        except BaseException:
+            watch.stop()
+            stream.synchronize()  # the device may still write to the watch
+            raise
+        return losses[:taken].cpu(), correct[:taken].cpu()
+
+    def _try_on_nothing(self) -> None:
+        """Raise where the kernels of the device cannot take the network, as far as the size of an image is known."""
+        operands = self._operands
+        if self.input_spec is None or operands.parameter.device.type not in _QUEUES:
+            return
+        side = self.input_spec.size
+        images = operands.parameter.new_empty((0, side, side), dtype=torch.uint8)
+        try:
+            numbers = self._numbers_for(images)
+        except NetworkError:
+            return  # perhaps it is trained on other images
+        labels = images.new_empty(0, dtype=torch.int64)
+        frozen = [0] * len(operands.parameters)
+        data = images, labels, None, 1, 0.0, 0.0, "sgd", [0.0] * 6, [], 0.0
+        try:
+            torch.ops.lenet_fast.network_train(numbers, operands.tensors, [], [], [], frozen, *data)
+        except RuntimeError as error:
+            raise NetworkError(str(error).splitlines()[0]) from error
 
     def _call(
-        self, images: Tensor, labels: Tensor, order: Tensor | None, batch_size: int, rates: list[float]
+        self,
+        images: Tensor,
+        labels: Tensor,
+        order: Tensor | None,
+        batch_size: int,
+        rates: list[float],
+        watch: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Native steps on checked data: losses and numbers right, as far as they are finite."""
+        """Native steps on checked data: losses and numbers right, of each until one that is not finite."""
         group = self._group()
         if self._kind == "sgd":
             moments = ("momentum_buffer",) if group["momentum"] else ()
@@ -247,7 +322,7 @@ class FusedTrainer:
         spec = self.input_spec
         scale, background = (0.0, 0.0) if spec is None else ((spec.foreground - spec.background) / 255, spec.background)
         torch.autograd.graph.increment_version(operands.trained)
-        losses, correct = torch.ops.lenet_fast.network_train(
+        return torch.ops.lenet_fast.network_train(
             self._numbers_for(images),
             operands.tensors,
             operands.first_moments,
@@ -264,8 +339,8 @@ class FusedTrainer:
             list(map(float, settings)),
             list(map(float, rates)),
             self._j,
+            watch,
         )
-        return losses.cpu(), correct.cpu()
 
     def _group(self) -> dict[str, Any]:
         """The optimizer's settings."""

@@ -378,10 +378,17 @@ def test_time_to_an_accuracy_stops_at_it(tmp_path):
     assert f"2 of 2 trainings reached 70.0 %, in {sum(seconds) / 2:.3f} s (median)" in done.stdout
 
 
-def test_an_accuracy_that_is_not_reached_is_no_time(monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("seeds", "said"),
+    [
+        (2, "1 of 2 trainings reached 98.0 %, too few for a median"),
+        (3, "2 of 3 trainings reached 98.0 %, in 6.000 s (median)"),
+    ],
+)
+def test_an_accuracy_that_is_not_reached_took_longest(monkeypatch, capsys, tmp_path, seeds, said):
     module = import_module("time_to_accuracy")
     options = {"dataset": "mnist-10k", "engine": "autograd"}
-    accuracies = iter([0.5, 0.9, 0.95, 0.985, 0.4, 0.5, 0.6])
+    accuracies = iter([0.5, 0.9, 0.95, 0.985, 0.4, 0.5, 0.6, 0.4, 0.99])
 
     class FakeRun:
         def __init__(self, config, dataset):
@@ -392,12 +399,13 @@ def test_an_accuracy_that_is_not_reached_is_no_time(monkeypatch, capsys, tmp_pat
                 on_epoch(module.Epoch(number + 1, 0.1, 1.0, 0.5, next(accuracies), 2.0, 1.0))
 
     monkeypatch.setattr(module, "Run", FakeRun)
-    module.main(target=98.0, seeds=2, model="lenet1", epochs=3, batch_size=100, optimizer="adam", lr=1e-3,
+    module.main(target=98.0, seeds=seeds, model="lenet1", epochs=3, batch_size=100, optimizer="adam", lr=1e-3,
                 schedule="constant", reference=False, device="cpu", threads=None, data_dir=None,
                 csv=tmp_path / "times.csv", **options)  # fmt: skip
     rows = read(tmp_path / "times.csv")
     assert [(row["reached"], row["seconds"], row["epochs"]) for row in rows] == [
         ("True", "6.0000", "3"),
         ("False", "6.0000", "3"),
-    ]
-    assert capsys.readouterr().out.splitlines()[-1] == "1 of 2 trainings reached 98.0 %, in 6.000 s (median)"
+        ("True", "4.0000", "2"),
+    ][:seeds]
+    assert capsys.readouterr().out.splitlines()[-1] == said

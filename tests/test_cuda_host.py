@@ -155,7 +155,10 @@ PROCESSES = {
     "memory": ("memory", ["tests/cuda_host/kernels.py", "-k", "not skipped"]),
     "races": ("races", ["tests/cuda_host/kernels.py", "-k", "float32 or shorter or many_images or skipped"]),
     "network": ("memory", ["tests/cuda_host/network.py"]),
-    "network-races": ("races", ["tests/cuda_host/network.py", "-k", "test_other or test_models and settings1"]),
+    "network-races": (
+        "races",
+        ["tests/cuda_host/network.py", "-k", "test_other or test_models and settings1 or KeyboardInterrupt"],
+    ),
     "operators": ("memory", ["tests/test_operators.py", "-k", OPERATOR_TESTS]),
 }
 

@@ -96,7 +96,18 @@ def test_a_failed_step_stops_no_other_and_shows_in_the_end(tmp_path, fake_python
     done = gpu_run(tmp_path / "out", GPU_RUN_SECONDS="4", **fake_python)
     assert done.returncode == 1
     steps = {re.sub(r"^\| ", "", line).split(" | ")[0]: line for line in done.stdout.splitlines()[2:]}
-    assert list(steps) == ["build", "env", "operators", "alone", "memcheck", "racecheck", "initcheck", "train", "bench"]
+    assert list(steps) == [
+        "build",
+        "env",
+        "training",
+        "operators",
+        "alone",
+        "memcheck",
+        "racecheck",
+        "initcheck",
+        "train",
+        "bench",
+    ]
     assert "| FAILED (3) |" in steps["build"]
     assert "| cannot be built |" in steps["build"]
     assert "| OUT OF TIME |" in steps["bench"]
@@ -104,13 +115,15 @@ def test_a_failed_step_stops_no_other_and_shows_in_the_end(tmp_path, fake_python
     assert (tmp_path / "out" / "gpu_fake_gpu.md").read_text() == done.stdout
     log = (tmp_path / "out" / "gpu_run.log").read_text()
     assert "=== operators: " in log
-    assert re.search(r"--tool racecheck .* tests/test_cuda.py -k test_small$", log, re.MULTILINE)
+    assert re.search(
+        r"--tool racecheck .* tests/test_cuda.py tests/test_cuda_training.py -k test_small$", log, re.MULTILINE
+    )
 
 
 def test_no_time_left_is_a_failure(tmp_path, fake_python):
     done = gpu_run(tmp_path, "test", GPU_RUN_SECONDS="0", **fake_python)
     assert done.returncode == 1
-    assert done.stdout.count("| FAILED (no time left) |") == 2
+    assert done.stdout.count("| FAILED (no time left) |") == 3
 
 
 def test_the_whole_run_stays_below_nine_minutes():
@@ -124,7 +137,8 @@ def test_the_whole_run_stays_below_nine_minutes():
 @needs_native
 def test_cuda_tests_have_no_slip():
     """Large batches take the CPU too long; the smallest case executes the same lines."""
-    done = run(*PRETEND.split(), "-m", "pytest", "tests/test_cuda.py", "-k", "not large or n0-1x8x8")
+    files = "tests/test_cuda.py", "tests/test_cuda_training.py"
+    done = run(*PRETEND.split(), "-m", "pytest", *files, "-k", "not large or n0-1x8x8")
     assert done.returncode == 0, done.stdout
     assert int(re.search(r"(\d+) passed", done.stdout).group(1)) > 200
 

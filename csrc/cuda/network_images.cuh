@@ -378,11 +378,19 @@ __device__ inline void score_backward(const NetworkPlan& n, float* shared) {
   }
 }
 
+// Whether this thread is the one that talks to the host: of the block that has the fewest images and parameters, and of
+// the warp that has the fewest of those.
+__device__ inline bool talks_to_host() { return blockIdx.x + 1 == gridDim.x && threadIdx.x + 1 == blockDim.x; }
+
 // Forward, loss and backward of the block's images of a step. K: the kernel size of all convolutions, 0 for any.
 template <int K>
 __device__ void train_images(const NetworkPlan& n, float* shared, int step) {
   const int64_t begin = step * n.batch_size;
   const int64_t batch = min(n.batch_size, n.total - begin);
+  double request = 0;  // read first and used last, as the host's memory is microseconds away
+  if (n.watch != nullptr && talks_to_host()) {
+    request = n.watch[0];
+  }
   stage_convolutions(n, shared);
   ImageLoss sum;  // in thread 0
   for (int64_t image = blockIdx.x; image < batch; image += gridDim.x) {
@@ -447,6 +455,9 @@ __device__ void train_images(const NetworkPlan& n, float* shared, int step) {
       n.block_losses[blockIdx.x] = sum.loss;
       n.block_correct[blockIdx.x] = sum.correct;
     }
+  }
+  if (talks_to_host()) {
+    *n.asked = request != 0;
   }
 }
 

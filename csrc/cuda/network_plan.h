@@ -56,6 +56,7 @@ struct NetworkPlan {
   int grad_output;  // its gradient
   int scores;       // (classes), and their gradients
   const float* codes;
+  int update;  // UpdateMemory: from here on, a step's two phases have the memory in turn
   int shared_floats;
 
   SlotPlan slot[kMaxSlots];
@@ -70,13 +71,15 @@ struct NetworkPlan {
   float extra_score;                      // -j
 
   int steps;
-  const float* learning_rates;  // (steps)
-  double* losses;               // (steps)
-  int64_t* correct;             // (steps)
-  int32_t* stopped;             // 1 + the step whose loss is not finite, else 0
-  float* block_sums;            // (blocks, num_sums of all convolutions)
-  double* block_losses;         // (blocks)
-  int32_t* block_correct;       // (blocks)
+  const double* learning_rates;  // (steps)
+  double* losses;                // (steps)
+  int64_t* correct;              // (steps)
+  int32_t* stopped;              // 1 + the number of steps taken when the run ends before its last one, else 0
+  int32_t* asked;                // whether to stop before this step, as the last block saw it
+  volatile double* watch;        // (1 + steps) in the host's memory: asks to stop; losses, see TrainingRun. Or null
+  float* block_sums;             // (blocks, num_sums of all convolutions)
+  double* block_losses;          // (blocks)
+  int32_t* block_correct;        // (blocks)
   int num_sums;
 };
 

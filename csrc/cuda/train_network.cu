@@ -1,11 +1,14 @@
 // Whole training steps. One cooperative launch takes all of them: two grid-wide barriers a step, after the images'
 // phase and after the update. Where there is no cooperative launch, each phase is a launch of its own.
 //
-// Designed for one block of 16 warps a multiprocessor: at most 128 registers a thread; LeNet-5 takes 90 KB of shared
+// Designed for one block of 16 warps a multiprocessor: at most 128 registers a thread; LeNet-5 takes 95 KB of shared
 // memory a block.
 #include "train_network.h"
 
 #include <cooperative_groups.h>
+
+#include <cstdlib>
+#include <string_view>
 
 #include "network_images.cuh"
 #include "network_update.cuh"
@@ -15,7 +18,9 @@
 namespace lenet_fast::cuda {
 namespace {
 
-__device__ inline float* update_memory(const NetworkPlan& n, float* shared) { return shared + n.shared_floats; }
+__device__ inline UpdateMemory& update_memory(const NetworkPlan& n, float* shared) {
+  return *reinterpret_cast<UpdateMemory*>(shared + n.update);
+}
 
 template <int K>
 __global__ void __launch_bounds__(kNetworkThreads, 1) train_steps(const __grid_constant__ NetworkPlan n) {
@@ -40,6 +45,9 @@ struct PhaseOf {
 template <int K>
 __global__ void __launch_bounds__(kNetworkThreads, 1) train_images_phase(const __grid_constant__ PhaseOf a) {
   if (*a.n.stopped != 0) {
+    if (talks_to_host()) {
+      *a.n.asked = 1;
+    }
     return;
   }
   float* const shared = reinterpret_cast<float*>(shared_memory());
@@ -48,9 +56,6 @@ __global__ void __launch_bounds__(kNetworkThreads, 1) train_images_phase(const _
 }
 
 static __global__ void __launch_bounds__(kNetworkThreads, 1) update_phase(const __grid_constant__ PhaseOf a) {
-  if (*a.n.stopped != 0) {
-    return;
-  }
   update_parameters(a.n, update_memory(a.n, reinterpret_cast<float*>(shared_memory())), a.step);
 }
 
@@ -95,6 +100,7 @@ class SharedLayout {
   int used_ = 0;
 };
 
+// A convolution with its planes, whose borders stay from image to image.
 ConvPlan conv_plan(const ConvGeometry& g, bool first, SharedLayout& shared) {
   ConvPlan conv{};
   const AnyLayer<0>& layer = conv.layer = any_layer<0>(g);
@@ -111,17 +117,26 @@ ConvPlan conv_plan(const ConvGeometry& g, bool first, SharedLayout& shared) {
   conv.pixels = shared.take(layer.in_channels * conv.plane);
   conv.grad_border = first ? 0 : K - 1 - layer.padding;
   const int left = round_up(conv.grad_border, 4);
-  conv.grad_stride = round_up(left + columns + std::max(conv.grad_border, 0) + 2, 4);
-  conv.grad_plane = (rows + 2 * conv.grad_border + 2) * conv.grad_stride;
+  // What the last window of the input gradient reads; the first convolution has none.
+  const int window_rows = first ? 0 : round_up(layer.height, 2) - 1 + K;
+  const int window_columns = first ? 0 : left - conv.grad_border + round_up(layer.width, 2) - 2 + round_up(K + 1, 2);
+  conv.grad_stride = round_up(std::max(left + columns, window_columns), 4);
+  conv.grad_plane = std::max(conv.grad_border + rows, window_rows) * conv.grad_stride;
   conv.grad_origin = conv.grad_border * conv.grad_stride + left;
   conv.grads = shared.take(layer.out_channels * conv.grad_plane);
+  return conv;
+}
+
+// What is staged anew in every step.
+void place_staged(ConvPlan& conv, bool first, SharedLayout& shared) {
+  const AnyLayer<0>& layer = conv.layer;
+  const int K = layer.kernel_size;
   conv.weights = shared.take(conv.groups() * kNetworkMaps * layer.in_channels * K * K);
   conv.masks = shared.take(conv.groups() * layer.in_channels);
   const int in_groups = divide_up(layer.in_channels, kNetworkMaps);
   conv.flipped = shared.take(first ? 0 : in_groups * kNetworkMaps * layer.out_channels * K * K);
   conv.in_masks = shared.take(first ? 0 : in_groups * layer.out_channels);
   conv.sums = shared.take(conv.num_sums());
-  return conv;
 }
 
 // Shapes and places; pointers are filled in later.
@@ -135,6 +150,10 @@ NetworkPlan plan_of(const NetworkGeometry& g) {
   for (int l = 0; l < g.num_convs; ++l) {
     n.conv[l] = conv_plan(g.conv[l], l == 0, shared);
     n.num_sums += n.conv[l].num_sums();
+  }
+  n.update = shared.used();
+  for (int l = 0; l < g.num_convs; ++l) {
+    place_staged(n.conv[l], l == 0, shared);
   }
   for (int l = 0; l < g.num_denses; ++l) {
     DensePlan& dense = n.dense[l];
@@ -154,11 +173,11 @@ NetworkPlan plan_of(const NetworkGeometry& g) {
     n.conv[l].grad_output =
         last ? n.dense[0].grad_input : shared.take(conv.layer.out_channels * conv.out_height * conv.out_width);
   }
-  n.shared_floats = shared.used();
+  n.shared_floats = std::max(shared.used(), n.update + divide_up(static_cast<int>(sizeof(UpdateMemory)), 4));
   return n;
 }
 
-size_t shared_bytes(const NetworkPlan& n) { return n.shared_floats * sizeof(float) + kUpdateSharedBytes; }
+size_t shared_bytes(const NetworkPlan& n) { return n.shared_floats * sizeof(float); }
 
 // Pairs of output maps that share an input map, as ConvPlan names them.
 std::vector<int32_t> map_pairs(const ConvGeometry& g) {
@@ -199,15 +218,15 @@ size_t place(const TrainingRun& run, NetworkPlan& n, void* memory, cudaStream_t 
     n.dense[l].inputs = workspace.take<float>(batch * g.dense[l].in_features);
     n.dense[l].grad_outputs = workspace.take<float>(batch * g.dense[l].out_features);
   }
-  auto* const rates = workspace.take<float>(steps_of(run));
+  auto* const rates = workspace.take<double>(steps_of(run));
   n.learning_rates = rates;
   n.block_sums = workspace.take<float>(blocks * n.num_sums);
   n.block_losses = workspace.take<double>(blocks);
   n.block_correct = workspace.take<int32_t>(blocks);
   n.stopped = workspace.take<int32_t>(1);
+  n.asked = workspace.take<int32_t>(1);
   if (memory != nullptr) {
-    const std::vector<float> values(run.learning_rates.begin(), run.learning_rates.end());
-    upload(values.data(), steps_of(run), rates, stream);
+    upload(run.learning_rates.data(), steps_of(run), rates, stream);
   }
   return workspace.used();
 }
@@ -236,6 +255,7 @@ NetworkPlan complete_plan(const TrainingRun& run) {
   n.steps = static_cast<int>(steps_of(run));
   n.losses = run.losses;
   n.correct = run.correct;
+  n.watch = run.watch;
   return n;
 }
 
@@ -249,14 +269,25 @@ bool all_five(const NetworkPlan& n) {
   return true;
 }
 
+// LENET_FAST_COOPERATIVE=0: never, to try the other way on a device that can.
+bool may_cooperate() {
+  const char* const wish = std::getenv("LENET_FAST_COOPERATIVE");
+  return device_attribute(cudaDevAttrCooperativeLaunch) != 0 && (wish == nullptr || std::string_view(wish) != "0");
+}
+
+// Steps of two launches each, that are queued while the host watches: it waits where there are more than a thousand
+// launches, and cannot ask to stop. The rest is for another call.
+constexpr int kQueuedSteps = 256;
+
 template <int K>
-void launch_steps(const NetworkPlan& n, cudaStream_t stream) {
+void launch_steps(NetworkPlan n, cudaStream_t stream) {
   const int64_t blocks = multiprocessors();
   const size_t bytes = shared_bytes(n);
   launch(&clear_results, "clear_results", 4, 256, 0, stream, Results{n.losses, n.correct, n.stopped, n.steps});
-  if (device_attribute(cudaDevAttrCooperativeLaunch) != 0) {
+  if (may_cooperate()) {
     launch(&train_steps<K>, "train_steps", blocks, kNetworkThreads, bytes, stream, n, 1, true);
   } else {
+    n.steps = n.watch != nullptr ? std::min(n.steps, kQueuedSteps) : n.steps;
     for (int step = 0; step < n.steps; ++step) {
       launch(&train_images_phase<K>, "train_images_phase", blocks, kNetworkThreads, bytes, stream, PhaseOf{n, step});
       launch(&update_phase, "update_phase", blocks, kNetworkThreads, bytes, stream, PhaseOf{n, step});

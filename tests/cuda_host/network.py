@@ -2,12 +2,14 @@
 
 import copy
 import math
+import threading
 
 import pytest
 import torch
 from torch import nn
 
-from lenet_fast import models
+from lenet_fast import models, trainer, watch
+from lenet_fast.network import NetworkError
 from lenet_fast.nn import ConvActPool2d, SparseConvActPool2d
 from lenet_fast.trainer import FusedTrainer, TrainingError
 
@@ -73,6 +75,16 @@ def test_models(monkeypatch, name, settings):
     if name == "lenet5-1998" and settings["optimizer"] == "sgd":
         settings = settings | {"lr": 1e-4}  # its loss starts near 80
     assert_alike(monkeypatch, build(name), digits(), settings)
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_models_fit_every_gpu_that_the_kernels_are_compiled_for(monkeypatch, tmp_path, name):
+    """The smallest shared memory of a block is that of sm_86 and sm_89, 99 KB."""
+    monkeypatch.setenv("CUDA_HOST_LAUNCHES", str(tmp_path / "launches"))
+    direct(build(name), digits(2))
+    launches = (line.split(" ", 2) for line in (tmp_path / "launches").read_text().splitlines())
+    (shared_bytes,) = (int(size) for _, size, kernel in launches if "train_steps" in kernel)
+    assert shared_bytes <= 99 << 10
 
 
 def other_networks():
@@ -151,31 +163,62 @@ def test_blocks_of_several_images_and_of_none(monkeypatch, multiprocessors):
     assert_alike(monkeypatch, build("lenet1"), digits(6), SETTINGS[1], batch_size=5)
 
 
+@pytest.mark.parametrize("multiprocessors", ["2", "5", "6", "17"], indirect=True)
+def test_any_division_of_the_sums(monkeypatch, multiprocessors):
+    """394 of them: 2, 6 or 7 threads share one, or 16, more than there are images."""
+    assert_alike(monkeypatch, OTHERS["one-dense"], digits(15, 12, 2), SETTINGS[1], batch_size=13)
+
+
+def direct(model, data, order=None, rates=(0.1,), batch_size=3, optimizer="sgd", watch=None):
+    """The operator itself on a copy of the model: what it returns, and the parameters."""
+    network = FusedTrainer(model, lr=0.1)
+    tensors = [tensor.detach().clone() for tensor in network._operands.tensors]
+    parameters = tensors[: len(list(model.parameters()))]
+    moments = [[torch.zeros_like(p) for p in parameters] for _ in range(2 if optimizer == "adam" else 0)] or [[], []]
+    counts = [torch.zeros(()) for _ in parameters] if optimizer == "adam" else []
+    numbers = network._numbers_for(data[0])
+    settings = optimizer, [0.0, 0.0, 0.0, 0.9, 0.999, 1e-8], list(rates), 0.0, watch
+    results = HOST(
+        numbers, tensors, *moments, counts, [1] * len(parameters), *data, order, batch_size, 0.01, 0.0, *settings
+    )
+    return *results, parameters
+
+
+def test_learning_rates_stay_double():
+    """One whose corrected value rounds to another float than that of its own float."""
+    corrected = lambda rate: torch.tensor(rate / (1 - 0.9), dtype=torch.float64).float()  # noqa: E731
+    rate = next(k * 1e-5 for k in range(100, 200) if corrected(k * 1e-5) != corrected(single(k * 1e-5)))
+    model = build("lenet1")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.zero_()  # the first update shows whole
+    *_, exact = direct(model, digits(3), rates=[rate], optimizer="adam")
+    *_, rounded = direct(model, digits(3), rates=[single(rate)], optimizer="adam")
+    assert any(not torch.equal(a, b) for a, b in zip(exact, rounded, strict=True))
+
+
+def single(value):
+    return torch.tensor(value, dtype=torch.float32).item()
+
+
 @pytest.mark.parametrize("wrong", ["label", "order"])
 def test_a_step_with_what_does_not_exist_is_not_taken(monkeypatch, wrong):
     """The labels and the order are on the device, where nobody has read them."""
     model, (images, labels) = build("lenet1"), digits(6)
-    before = [parameter.clone() for parameter in model.parameters()]
     order = torch.arange(6)
     if wrong == "label":
         labels[1] = 10
     else:
         order[1] = 6
-    network = FusedTrainer(copy.deepcopy(model), lr=0.1)
-    arguments = (network._numbers_for(images), [p.data for p in model.parameters()], [], [], [], [1] * len(before))
-    settings = ("sgd", [0.0] * 6, [0.1, 0.1], 0.0)
-    losses, _ = HOST(*arguments, images, labels, order, 3, 0.01, 0.0, *settings)
+    losses, _, parameters = direct(model, (images, labels), order, [0.1, 0.1])
     assert losses.isnan().all()
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), parameters, strict=True))
 
 
 def test_an_order_of_no_images_is_refused():
-    model, images = build("lenet1"), torch.zeros(0, 28, 28, dtype=torch.uint8)
-    parameters = [p.data for p in model.parameters()]
-    arguments = (FusedTrainer(model, lr=0.1)._numbers_for(images), parameters, [], [], [], [1] * len(parameters))
-    indices = torch.zeros(0, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="order: expected none, as there are no images, got 3"):
-        HOST(*arguments, images, *indices, 3, 0.01, 0.0, "sgd", [0.0] * 6, [0.1], 0.0)
+        direct(build("lenet1"), digits(0), torch.zeros(3, dtype=torch.int64))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_its_step(monkeypatch):
@@ -190,3 +233,178 @@ def test_what_no_multiprocessor_holds_is_refused(monkeypatch):
     wide = nn.Sequential(ConvActPool2d(1, 64, 5, padding=2), nn.Flatten(), nn.Linear(64 * 64 * 64, 10))
     with pytest.raises(RuntimeError, match=r"cannot be trained by the CUDA kernels: .* shared memory"):
         train(monkeypatch, HOST, wide, digits(2, 128, 1), SETTINGS[0])
+
+
+# --- A host that watches the steps while the device takes them --------------------------------------------------------
+
+
+class Device:
+    """Stands for a stream: takes a call's steps in a thread, while the call has returned and its results are NaN."""
+
+    def __init__(self):
+        self.thread = None
+        self.calls = 0
+
+    def call(self, *arguments):
+        steps = len(arguments[14])
+        if steps == 0:
+            return HOST(*arguments)  # the trainer tries whether the kernels take the network
+        results = torch.full((steps,), torch.nan, dtype=torch.float64), torch.zeros(steps, dtype=torch.int64)
+
+        def run():
+            for result, value in zip(results, HOST(*arguments), strict=True):
+                result.copy_(value.detach())
+
+        assert self.query()
+        self.calls += 1
+        self.thread = threading.Thread(target=run)
+        self.thread.start()
+        return results
+
+    def query(self):
+        return self.thread is None or not self.thread.is_alive()
+
+    def synchronize(self):
+        if self.thread is not None:
+            self.thread.join()
+
+    def record_event(self):
+        return self
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """For which the trainer takes the CPU, as it would a GPU."""
+    device = Device()
+    monkeypatch.setattr(watch, "_LAUNCH_SECONDS", 1000.0)  # the shim is slow
+    monkeypatch.setattr(trainer, "_QUEUES", {"cpu"})
+    monkeypatch.setattr(watch, "_pinned", lambda size: torch.empty(size, dtype=torch.float64))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: device)
+    monkeypatch.setattr(torch.ops.lenet_fast, "network_train", device.call)
+    yield device
+    device.synchronize()
+
+
+ORDER = torch.arange(6).repeat(4)  # eight steps of three images
+
+
+def run(order=ORDER, on_step=None, data=None, lr=1e-3):
+    """Results, model and trainer of a run on the device."""
+    model = build("lenet1")
+    trained = FusedTrainer(model, "adam", lr=lr)
+    try:
+        results = trained.run_epoch(*(data or digits(6)), order, 3, on_step=on_step)
+    except (KeyboardInterrupt, TrainingError, ZeroDivisionError) as error:
+        results = error
+    return results, model, trained
+
+
+def steps_taken(trained):
+    (steps,) = {int(state["step"]) for state in trained.optimizer.state.values()}
+    return steps
+
+
+def assert_same_parameters(one, other):
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_a_watched_run_is_the_run(monkeypatch, device):
+    seen = []
+    (losses, correct), model, _ = run(on_step=lambda step, loss: seen.append((step, loss)))
+    assert device.calls == 1
+    assert seen == list(enumerate(losses.tolist(), 1))
+    monkeypatch.setattr(trainer, "_QUEUES", set())
+    monkeypatch.setattr(torch.ops.lenet_fast, "network_train", HOST)
+    (expected, expected_correct), twin, _ = run()
+    assert torch.equal(losses, expected)
+    assert torch.equal(correct, expected_correct)
+    assert_same_parameters(model, twin)
+
+
+@pytest.mark.parametrize("cooperative", ["1", "0"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_an_interruption_ends_the_launch_between_steps(monkeypatch, device, error, cooperative):
+    monkeypatch.setenv("CUDA_HOST_COOPERATIVE", cooperative)
+
+    def interrupt(step, loss):
+        if step == 2:
+            raise error
+
+    order = ORDER.repeat(4)
+    raised, model, trained = run(order, interrupt)
+    assert isinstance(raised, error)
+    assert device.query()
+    steps = steps_taken(trained)
+    assert 2 <= steps < 32
+    _, twin, _ = run(order[: 3 * steps])
+    assert_same_parameters(model, twin)
+
+
+def test_a_long_run_is_several_launches(monkeypatch, device):
+    (losses, correct), model, _ = run()
+    monkeypatch.setattr(watch, "_LAUNCH_SECONDS", 0.0)
+    before = device.calls
+    (split_losses, split_correct), twin, trained = run()
+    assert device.calls - before > 2
+    assert steps_taken(trained) == 8
+    assert torch.equal(losses, split_losses)
+    assert torch.equal(correct, split_correct)
+    assert_same_parameters(model, twin)
+
+
+def test_a_watched_run_of_many_launches_is_several_calls(monkeypatch, device):
+    """Without cooperative launch: the host must not wait for room in the queue."""
+    monkeypatch.setenv("CUDA_HOST_COOPERATIVE", "0")
+    monkeypatch.setenv("CUDA_HOST_MULTIPROCESSORS", "1")
+    (losses, _), _, trained = run(torch.arange(6).repeat(130))
+    assert device.calls == 2
+    assert steps_taken(trained) == len(losses) == 260
+    assert losses.isfinite().all()
+
+
+def test_a_watched_run_that_diverges_says_where(device):
+    images, labels = digits(6, 28, 1)
+    images[5] = math.nan  # in the second step
+    seen = []
+    raised, model, trained = run(data=(images, labels), on_step=lambda *of_step: seen.append(of_step))
+    assert "not finite in step 2" in str(raised)
+    assert [step for step, _ in seen] == [1]
+    assert steps_taken(trained) == 1
+    _, twin, _ = run(ORDER[:3], data=(images, labels))
+    assert_same_parameters(model, twin)
+
+
+@pytest.mark.parametrize("cooperative", ["1", "0"])
+def test_a_run_that_is_asked_to_stop_takes_no_step(monkeypatch, cooperative):
+    monkeypatch.setenv("CUDA_HOST_COOPERATIVE", cooperative)
+    model, memory = build("lenet1"), torch.tensor([1.0, -1.0, -1.0], dtype=torch.float64)
+    losses, correct, parameters = direct(model, digits(6), rates=[0.1] * 2, watch=memory)
+    assert memory.tolist() == [1, -1, -1]
+    assert losses.isnan().all()
+    assert correct.tolist() == [0, 0]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), parameters, strict=True))
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(2, dtype=torch.float64), torch.zeros(3), torch.zeros(1, 3).double()])
+def test_a_watch_of_another_kind_is_refused(wrong):
+    with pytest.raises(RuntimeError, match=r"watch: expected float64 \(3,\) on the CPU"):
+        direct(build("lenet1"), digits(6), rates=[0.1] * 2, watch=wrong)
+
+
+def test_a_device_without_cooperative_launches_can_be_tried(monkeypatch, tmp_path):
+    kernels = []
+    for wish in ("1", "0"):
+        monkeypatch.setenv("CUDA_HOST_LAUNCHES", str(tmp_path / wish))
+        monkeypatch.setenv("LENET_FAST_COOPERATIVE", wish)
+        direct(build("lenet1"), digits(6), rates=[0.1] * 2)
+        names = [line.split(" ", 2)[2] for line in (tmp_path / wish).read_text().splitlines()]
+        kernels.append([name.partition("<")[0].removeprefix("void ").rpartition("::")[2] for name in names])
+    assert [name for name in kernels[0] if "upload" not in name] == ["clear_results", "train_steps", "count_steps"]
+    assert [name for name in kernels[1] if "phase" in name] == ["train_images_phase", "update_phase"] * 2
+
+
+def test_a_network_that_does_not_fit_is_refused_at_once(device):
+    """When the size of its images is known, so that others may train it instead."""
+    wide = nn.Sequential(ConvActPool2d(1, 64, 5, padding=2), nn.Flatten(), nn.Linear(64 * 64 * 64, 10))
+    with pytest.raises(NetworkError, match=r"cannot be trained by the CUDA kernels: .* shared memory"):
+        FusedTrainer(wide, lr=0.1, input_spec=models.InputSpec(128, 0.0, 1.0))
