@@ -125,7 +125,8 @@ class FusedTrainer:
 
         Raises:
             TrainingError: the loss is not finite; the step was not taken.
-            TypeError, ValueError: images or labels of another kind or shape, a label out of range.
+            TypeError, ValueError: images or labels of another kind or shape.
+            RuntimeError (on CUDA a ValueError): a label out of range; nothing was trained.
         """
         images, labels = self._check_data(images, labels)
         losses, _ = self._call(images, labels, None, len(labels), [self._group()["lr"]])
