@@ -1,4 +1,5 @@
 import os
+import signal
 
 # Threads that spin at a barrier starve each other when the machine runs anything else. Before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -8,6 +9,9 @@ os.environ.setdefault("LENET_FAST_POISON", "1")  # the native kernels' workspace
 
 import pytest
 import torch
+
+# A background job of a shell ignores Ctrl-C, and so would everything that the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

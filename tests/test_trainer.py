@@ -564,7 +564,7 @@ def test_control_c_stops_between_steps():
     timer = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
     timer.start()
     with pytest.raises(KeyboardInterrupt):
-        trainer.run(images, labels, batch_size=32, epochs=1_000_000)
+        trainer.run(images, labels, batch_size=32, epochs=3000)
     timer.join()
     assert len({int(state["step"]) for state in trainer.optimizer.state.values()}) == 1
     assert all(parameter.isfinite().all() for parameter in model.parameters())
