@@ -328,6 +328,9 @@ def test_the_readme_says_what_the_results_say():
         assert below[1] == train_table.NOT_MEASURED
 
 
+FORMS = ("", "6.6"), ("-update", "5.5"), ("-channels-last", "7.7")
+
+
 @needs_native
 def test_sections_are_drawn_from_the_rows(written):
     train_table = import_module("train_table")
@@ -355,6 +358,8 @@ def test_sections_are_drawn_from_the_rows(written):
     text = train_table.gpu_text([training])
     assert "| network | batch | ours | images/s | of peak | epoch | ours, a call each step | eager |" in text
     assert "| lenet1 | 3 | 1,234 us | 98,765 | 43% | 1,234.6 ms | 1.0x | 7.3x |" in text
+    compiled = [row | {"contestant": f"compile{form}", "ratio": ratio} for row in training[:1] for form, ratio in FORMS]
+    assert train_table.gpu_text([training[:2] + compiled]).count(" 5.5x |") == 1  # the fastest form
     assert train_table.cpu_text([], []) == train_table.gpu_text([]) == train_table.NOT_MEASURED
 
 
