@@ -15,7 +15,7 @@ namespace lenet_fast::cpu::LENET_FAST_ISA::winograd {
 // Windows whose sums, of two maps, share the registers with a pixel and the maps' weights.
 inline constexpr int kMaxWindows = 3;
 
-// points[i * row + 7 * connection + j] of the weight (connections, 5, 5).
+// points (7, connections, 7) of the weight (connections, 5, 5).
 template <typename T>
 void weight_points(T* points, int64_t connections, const T* weight) {
   for (int64_t c = 0; c < connections; ++c, weight += kTaps * kTaps, points += kPoints) {
@@ -34,8 +34,7 @@ void weight_points(T* points, int64_t connections, const T* weight) {
 
 // --- forward ---------------------------------------------------------------------------------------------------------
 
-// Rows Begin to End - 1 of the points of some windows: points[((channel * (End - Begin) + i) * 7 + j) * Windows +
-// window].
+// Rows Begin to End - 1 of the points of some windows: points (in_channels, End - Begin, 7, Windows).
 template <int Begin, int End, int Windows, typename T>
 void input_points(Vec<T>* points, const ConvLayer<T>& layer, const Vec<T>* input) {
   const int64_t input_row = layer.layout.input_row;
@@ -155,7 +154,7 @@ const Tile<T>* conv_tiles(Vec<T>* scratch, const ConvLayer<T>& layer, const Vec<
 
 // --- input gradient --------------------------------------------------------------------------------------------------
 
-// Gradients of the sums (A, b) of a tile of every map: sums[(map * 4 + b) * Windows + window].
+// Gradients of the sums (A, b) of a tile of every map: sums (out_channels, 4, Windows).
 template <int A, int Windows, typename T>
 void sum_gradients(Vec<T>* sums, const ConvLayer<T>& layer, const Vec<T>* grads) {
   for (int64_t map = 0; map < layer.g.out_channels; ++map, grads += layer.layout.rows * layer.layout.columns) {
@@ -173,7 +172,7 @@ void sum_gradients(Vec<T>* sums, const ConvLayer<T>& layer, const Vec<T>* grads)
   }
 }
 
-// Gradients of points Begin to End - 1 of a row of an input map's points: target[(j - Begin) * Windows + window].
+// Gradients of points Begin to End - 1 of a row of an input map's points: target (End - Begin, Windows).
 template <int Begin, int End, int Windows, typename T>
 void point_gradients(Vec<T>* target, const ConvLayer<T>& layer, int64_t channel, const T* weights, const Vec<T>* sums) {
   const Connections& table = layer.g.connections;
