@@ -14,6 +14,10 @@ def draw(table: picture.Table, path: Path) -> None:
     columns = min(3, len(networks))
     lines = -(-len(networks) // columns)
     with picture.of_one_run(table, path, (5 * columns, 4 * lines + 1.5)) as figure:
+        from matplotlib import colormaps
+
+        pairs = colormaps["tab20"].colors  # dark, light, dark, ...
+        colors = pairs[::2] + pairs[1::2]
         grid = figure.subplots(lines, columns, squeeze=False)
         for spare in np.ravel(grid)[len(networks) :]:
             spare.remove()
@@ -23,7 +27,7 @@ def draw(table: picture.Table, path: Path) -> None:
                 points = [row for row in shown if row["contestant"] == contestant]
                 places, heights = ([float(row[key]) for row in points] for key in ("batch", "images_per_s"))
                 style = "s-" if contestant.startswith("fused") else ".--"
-                axes.plot(places, heights, style, color=f"C{index % 10}", label=contestant)
+                axes.plot(places, heights, style, color=colors[index % len(colors)], label=contestant)
             gflop = float(shown[0]["gflops"]) / float(shown[0]["images_per_s"])  # of one image
             ceiling = float(table[0]["sgemm_peak_gflops"]) / gflop
             axes.axhline(ceiling, color="gray", linestyle=":", label="fastest matrix product")
