@@ -80,11 +80,6 @@ def _table(measured: Sequence[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def in_readme(readme: str) -> str:
-    """The text below the heading in a README."""
-    return readme_section.text_below(HEADING, readme)
-
-
 def main() -> None:
     readme_section.show({HEADING: text(rows.read(path) for path in sorted(RESULTS.glob("gpu_*.csv")))})
 

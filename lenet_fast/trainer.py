@@ -161,9 +161,8 @@ class FusedTrainer:
             TrainingError: a loss is not finite; the parameters are those before that step.
             TypeError, ValueError: as `step`.
         """
-        for name, value in (("batch_size", batch_size), ("epochs", epochs)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
+        _check_count("batch_size", batch_size)
+        _check_count("epochs", epochs)
         images, labels = self._check_data(images, labels)
         steps = math.ceil(len(labels) / batch_size)
         losses, correct = [], []
@@ -198,6 +197,7 @@ class FusedTrainer:
         Returns:
             The mean loss, float64, and the number of images classified rightly, int64, of each step.
         """
+        _check_count("batch_size", batch_size)
         images, labels = self._check_data(images, labels)
         if order.dtype != torch.int64 or order.dim() != 1 or not len(order):
             raise ValueError(f"order: expected int64 (M,), M > 0, got {order.dtype} of shape {tuple(order.shape)}")
@@ -391,6 +391,11 @@ class FusedTrainer:
         if images.dtype == torch.uint8:
             return self._operands.numbers((1, self.input_spec.size, self.input_spec.size))
         return self._operands.numbers(tuple(images.shape[1:]))
+
+
+def _check_count(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
 
 
 def _not_finite(step: int) -> str:

@@ -947,6 +947,8 @@ def test_images_and_labels_are_checked():
     for size in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="batch_size"):
             trainer.run(images, labels, batch_size=size)
+        with pytest.raises(ValueError, match="batch_size"):
+            trainer.run_epoch(images, labels, torch.arange(8), size)
     with pytest.raises(ValueError, match="epochs"):
         trainer.run(images, labels, batch_size=2, epochs=0)
     with pytest.raises(ValueError, match="learning_rates"):
