@@ -76,6 +76,8 @@ struct NetworkPlan {
   int64_t* correct;              // (steps)
   int32_t* stopped;              // 1 + the number of steps taken when the run ends before its last one, else 0
   int32_t* asked;                // whether to stop before this step, as the last block saw it
+  int32_t* images_step;          // that the phase is at, where it is a launch of its own
+  int32_t* update_step;          // likewise
   volatile double* watch;        // (1 + steps) in the host's memory: asks to stop; losses, see TrainingRun. Or null
   float* block_sums;             // (blocks, num_sums of all convolutions)
   double* block_losses;          // (blocks)

@@ -1,5 +1,6 @@
 // Whole training steps. One cooperative launch takes all of them: two grid-wide barriers a step, after the images'
-// phase and after the update. Where there is no cooperative launch, each phase is a launch of its own.
+// phase and after the update. Where there is no cooperative launch, each phase is a launch of its own, in a graph of
+// several steps.
 //
 // Designed for one block of 16 warps a multiprocessor: at most 128 registers a thread; LeNet-5 takes 95 KB of shared
 // memory a block.
@@ -10,6 +11,7 @@
 #include <cstdlib>
 #include <string_view>
 
+#include "launch_graph.cuh"
 #include "network_images.cuh"
 #include "network_update.cuh"
 #include "tables.cuh"
@@ -36,33 +38,43 @@ __global__ void __launch_bounds__(kNetworkThreads, 1) train_steps(const __grid_c
   }
 }
 
-// One phase of one step.
-struct PhaseOf {
-  NetworkPlan n;
-  int step;
-};
-
+// The phases as launches. A graph repeats its launches with the arguments they had, so which step it is lies in memory;
+// each phase reads its own number and writes that of the other, which does not run. A graph may go beyond the last
+// step.
 template <int K>
-__global__ void __launch_bounds__(kNetworkThreads, 1) train_images_phase(const __grid_constant__ PhaseOf a) {
-  if (*a.n.stopped != 0) {
+__global__ void __launch_bounds__(kNetworkThreads, 1) train_images_phase(const __grid_constant__ NetworkPlan n) {
+  const int step = *n.images_step;
+  if (talks_to_host()) {
+    *n.update_step = step;
+  }
+  if (step >= n.steps) {
+    return;
+  }
+  if (*n.stopped != 0) {
     if (talks_to_host()) {
-      *a.n.asked = 1;
+      *n.asked = 1;
     }
     return;
   }
   float* const shared = reinterpret_cast<float*>(shared_memory());
-  clear_borders(a.n, shared);
-  train_images<K>(a.n, shared, a.step);
+  clear_borders(n, shared);
+  train_images<K>(n, shared, step);
 }
 
-static __global__ void __launch_bounds__(kNetworkThreads, 1) update_phase(const __grid_constant__ PhaseOf a) {
-  update_parameters(a.n, update_memory(a.n, reinterpret_cast<float*>(shared_memory())), a.step);
+static __global__ void __launch_bounds__(kNetworkThreads, 1) update_phase(const __grid_constant__ NetworkPlan n) {
+  const int step = *n.update_step;
+  if (talks_to_host()) {
+    *n.images_step = step + 1;
+  }
+  if (step < n.steps) {
+    update_parameters(n, update_memory(n, reinterpret_cast<float*>(shared_memory())), step);
+  }
 }
 
 struct Results {
   double* losses;
   int64_t* correct;
-  int32_t* stopped;
+  int32_t *stopped, *images_step;
   int steps;
 };
 
@@ -73,6 +85,7 @@ static __global__ void clear_results(const __grid_constant__ Results a) {
   }
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     *a.stopped = 0;
+    *a.images_step = 0;
   }
 }
 
@@ -225,6 +238,8 @@ size_t place(const TrainingRun& run, NetworkPlan& n, void* memory, cudaStream_t 
   n.block_correct = workspace.take<int32_t>(blocks);
   n.stopped = workspace.take<int32_t>(1);
   n.asked = workspace.take<int32_t>(1);
+  n.images_step = workspace.take<int32_t>(1);
+  n.update_step = workspace.take<int32_t>(1);
   if (memory != nullptr) {
     upload(run.learning_rates.data(), steps_of(run), rates, stream);
   }
@@ -275,23 +290,41 @@ bool may_cooperate() {
   return device_attribute(cudaDevAttrCooperativeLaunch) != 0 && (wish == nullptr || std::string_view(wish) != "0");
 }
 
-// Steps of two launches each, that are queued while the host watches: it waits where there are more than a thousand
-// launches, and cannot ask to stop. The rest is for another call.
-constexpr int kQueuedSteps = 256;
+constexpr int kGraphSteps = 16;
+// Steps that are queued while the host watches: where more than a thousand launches wait it does, too, and cannot ask
+// to stop. The rest is for another call.
+constexpr int kQueuedSteps = 32 * kGraphSteps;
+
+// Two launches a step, of `n.steps` steps.
+template <int K>
+void launch_phases(const NetworkPlan& n, cudaStream_t stream) {
+  const int64_t blocks = multiprocessors();
+  const size_t bytes = shared_bytes(n);
+  const auto queue = [&](int steps, cudaStream_t on) {
+    for (int step = 0; step < steps; ++step) {
+      launch(&train_images_phase<K>, "train_images_phase", blocks, kNetworkThreads, bytes, on, n);
+      launch(&update_phase, "update_phase", blocks, kNetworkThreads, bytes, on, n);
+    }
+  };
+  if (n.steps <= kGraphSteps || is_capturing(stream)) {
+    queue(n.steps, stream);
+    return;
+  }
+  const LaunchGraph graph([&](cudaStream_t on) { queue(kGraphSteps, on); });
+  for (int step = 0; step < n.steps; step += kGraphSteps) {
+    graph.launch(stream);
+  }
+}
 
 template <int K>
 void launch_steps(NetworkPlan n, cudaStream_t stream) {
-  const int64_t blocks = multiprocessors();
-  const size_t bytes = shared_bytes(n);
-  launch(&clear_results, "clear_results", 4, 256, 0, stream, Results{n.losses, n.correct, n.stopped, n.steps});
+  launch(&clear_results, "clear_results", 4, 256, 0, stream,
+         Results{n.losses, n.correct, n.stopped, n.images_step, n.steps});
   if (may_cooperate()) {
-    launch(&train_steps<K>, "train_steps", blocks, kNetworkThreads, bytes, stream, n, 1, true);
+    launch(&train_steps<K>, "train_steps", multiprocessors(), kNetworkThreads, shared_bytes(n), stream, n, 1, true);
   } else {
     n.steps = n.watch != nullptr ? std::min(n.steps, kQueuedSteps) : n.steps;
-    for (int step = 0; step < n.steps; ++step) {
-      launch(&train_images_phase<K>, "train_images_phase", blocks, kNetworkThreads, bytes, stream, PhaseOf{n, step});
-      launch(&update_phase, "update_phase", blocks, kNetworkThreads, bytes, stream, PhaseOf{n, step});
-    }
+    launch_phases<K>(n, stream);
   }
   launch(&count_steps, "count_steps", 1, 32, 0, stream, n);
 }

@@ -29,7 +29,7 @@ FLAGS = [
     "-fno-sanitize-recover=all",
 ]
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]  # #pragma unroll
-RUNTIME = [HERE / name for name in ("fiber.cpp", "block.cpp", "launch.cpp", "race.cpp")]
+RUNTIME = [HERE / name for name in ("fiber.cpp", "block.cpp", "launch.cpp", "graph.cpp", "race.cpp")]
 
 
 def compiler() -> str:

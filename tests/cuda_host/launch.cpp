@@ -1,4 +1,4 @@
-// Launches and the rest of CUDA's host side, for one device that is the CPU. See README.md.
+// Launches and most of CUDA's host side, for one device that is the CPU. See README.md.
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 
@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "block.h"
+#include "launch.h"
 
 namespace cuda_host {
 
@@ -81,8 +82,6 @@ std::unordered_map<const void*, size_t> shared_limits;  // that cudaFuncSetAttri
 std::string last_failure;
 thread_local cudaError_t last_error = cudaSuccess;
 
-cudaError_t remember(cudaError_t error) { return last_error = error; }
-
 int from_environment(const char* name, int otherwise) {
   const char* value = std::getenv(name);
   return value != nullptr ? std::atoi(value) : otherwise;
@@ -90,66 +89,72 @@ int from_environment(const char* name, int otherwise) {
 
 int multiprocessors() { return std::max(1, from_environment("CUDA_HOST_MULTIPROCESSORS", 2)); }
 
-cudaError_t check(const cudaLaunchConfig_t& config, const void* kernel, bool cooperative) {
-  const dim3 grid = config.gridDim, block = config.blockDim;
+cudaError_t check(const Launch& launch) {
+  const dim3 grid = launch.grid, block = launch.block;
   if (volume(grid) == 0 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535 || volume(block) == 0 ||
       volume(block) > 1024 || block.z > 64) {
     return cudaErrorInvalidConfiguration;
   }
-  const auto raised = shared_limits.find(kernel);
-  if (config.dynamicSmemBytes > (raised != shared_limits.end() ? raised->second : shared_default_limit)) {
+  const auto raised = shared_limits.find(launch.kernel);
+  if (launch.shared_bytes > (raised != shared_limits.end() ? raised->second : shared_default_limit)) {
     return cudaErrorInvalidValue;
   }
   int resident;
-  blocks_per_multiprocessor(&resident, static_cast<int>(volume(block)), config.dynamicSmemBytes);
-  if (cooperative && volume(grid) > static_cast<size_t>(resident) * static_cast<size_t>(multiprocessors())) {
+  blocks_per_multiprocessor(&resident, static_cast<int>(volume(block)), launch.shared_bytes);
+  if (launch.cooperative && volume(grid) > static_cast<size_t>(resident) * static_cast<size_t>(multiprocessors())) {
     return cudaErrorCooperativeLaunchTooLarge;
   }
   return cudaSuccess;
 }
 
-// A line for the file CUDA_HOST_LAUNCHES: threads and bytes of dynamic shared memory of a block, and the kernel.
-void log_launch(const cudaLaunchConfig_t& config, const void* kernel) {
-  if (const char* path = std::getenv("CUDA_HOST_LAUNCHES")) {
-    std::ofstream(path, std::ios::app) << volume(config.blockDim) << ' ' << config.dynamicSmemBytes << ' '
-                                       << kernel_name(kernel) << '\n';
-  }
-}
-
 }  // namespace
 
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& thread) {
-  const std::lock_guard lock(device_mutex);
   const bool cooperative = std::any_of(config.attrs, config.attrs + config.numAttrs, [](const auto& attribute) {
     return attribute.id == cudaLaunchAttributeCooperative && attribute.val.cooperative != 0;
   });
-  if (const cudaError_t error = check(config, kernel, cooperative); error != cudaSuccess) {
-    return remember(error);
+  const Launch launch{config.gridDim, config.blockDim, config.dynamicSmemBytes, cooperative, kernel, thread};
+  return remember(is_capturing(config.stream) ? record(launch, config.stream) : run(launch));
+}
+
+cudaError_t run(const Launch& launch) {
+  const std::lock_guard lock(device_mutex);
+  if (const cudaError_t error = check(launch); error != cudaSuccess) {
+    return error;
   }
-  log_launch(config, kernel);
-  gridDim = config.gridDim;
-  blockDim = config.blockDim;
+  log(volume(launch.block), launch.shared_bytes, kernel_name(launch.kernel));
+  gridDim = launch.grid;
+  blockDim = launch.block;
   static std::deque<Fiber> stacks;
-  stacks.resize(std::max(stacks.size(), volume(blockDim) * (cooperative ? volume(gridDim) : 1)));
+  stacks.resize(std::max(stacks.size(), volume(blockDim) * (launch.cooperative ? volume(gridDim) : 1)));
   std::vector<Fiber*> fibers;
   for (Fiber& stack : stacks) {
     fibers.push_back(&stack);
   }
   __asan_poison_memory_region(cuda_host_shared_memory, shared_limit);
-  __asan_unpoison_memory_region(cuda_host_shared_memory, config.dynamicSmemBytes);
+  __asan_unpoison_memory_region(cuda_host_shared_memory, launch.shared_bytes);
   forget_global_accesses();
   cudaError_t error = cudaSuccess;
   try {
     Order order;
-    (cooperative ? run_together : run_one_after_another)(order, config.dynamicSmemBytes, fibers.data(), thread);
+    (launch.cooperative ? run_together : run_one_after_another)(order, launch.shared_bytes, fibers.data(),
+                                                                launch.thread);
   } catch (const Fault& fault) {
-    last_failure = "cuda_host: kernel " + kernel_name(kernel) + ", " + fault.what();
+    last_failure = "cuda_host: kernel " + kernel_name(launch.kernel) + ", " + fault.what();
     std::fprintf(stderr, "%s\n", last_failure.c_str());
     error = cudaErrorLaunchFailure;
   }
   __asan_poison_memory_region(cuda_host_shared_memory, shared_limit);
-  return error == cudaSuccess ? error : remember(error);
+  return error;
 }
+
+void log(size_t threads, size_t shared_bytes, const std::string& what) {
+  if (const char* path = std::getenv("CUDA_HOST_LAUNCHES")) {
+    std::ofstream(path, std::ios::app) << threads << ' ' << shared_bytes << ' ' << what << '\n';
+  }
+}
+
+cudaError_t remember(cudaError_t error) { return error == cudaSuccess ? error : last_error = error; }
 
 cudaError_t blocks_per_multiprocessor(int* blocks, int threads, size_t shared_bytes) {
   *blocks = static_cast<int>(std::min({threads_per_multiprocessor / static_cast<size_t>(threads), size_t{32},
@@ -175,6 +180,8 @@ const char* cudaGetErrorString(cudaError_t error) {
       return last_failure.c_str();
     case cudaErrorCooperativeLaunchTooLarge:
       return "too many blocks in cooperative launch";
+    case cudaErrorStreamCaptureUnsupported:
+      return "operation not permitted when stream is capturing";
   }
   return "unrecognized error code";
 }
@@ -227,7 +234,10 @@ cudaError_t cudaHostGetDevicePointer(void** on_device, void* on_host, unsigned) 
   return cudaSuccess;
 }
 
-cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream) {
+  if (is_capturing(stream)) {
+    return remember(cudaErrorStreamCaptureUnsupported);
+  }
   std::memset(memory, value, bytes);
   return cudaSuccess;
 }

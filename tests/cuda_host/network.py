@@ -356,9 +356,10 @@ def test_a_watched_run_of_many_launches_is_several_calls(monkeypatch, device):
     """Without cooperative launch: the host must not wait for room in the queue."""
     monkeypatch.setenv("CUDA_HOST_COOPERATIVE", "0")
     monkeypatch.setenv("CUDA_HOST_MULTIPROCESSORS", "1")
-    (losses, _), _, trained = run(torch.arange(6).repeat(130))
+    trained = FusedTrainer(copy.deepcopy(OTHERS["one-dense"]), "adam", lr=1e-3)
+    losses, _ = trained.run_epoch(*digits(5, 12, 2), torch.arange(5).repeat(104), 1)
     assert device.calls == 2
-    assert steps_taken(trained) == len(losses) == 260
+    assert steps_taken(trained) == len(losses) == 520
     assert losses.isfinite().all()
 
 
@@ -401,6 +402,29 @@ def test_a_device_without_cooperative_launches_can_be_tried(monkeypatch, tmp_pat
         kernels.append([name.partition("<")[0].removeprefix("void ").rpartition("::")[2] for name in names])
     assert [name for name in kernels[0] if "upload" not in name] == ["clear_results", "train_steps", "count_steps"]
     assert [name for name in kernels[1] if "phase" in name] == ["train_images_phase", "update_phase"] * 2
+
+
+@pytest.mark.parametrize(("steps", "graphs"), [(16, 0), (35, 3)])
+@pytest.mark.parametrize("diverges", [False, True])
+def test_many_launches_are_graphs(monkeypatch, tmp_path, steps, graphs, diverges):
+    """Each of 16 steps, the last of which may be beyond the last one."""
+    images, labels = digits(6, 12, 2)
+    order = torch.arange(5).repeat(steps)
+    if diverges:
+        images[5] = math.nan
+        order[18 % steps * 3] = 5
+    results = []
+    for cooperative in ("1", "0"):
+        monkeypatch.setenv("CUDA_HOST_COOPERATIVE", cooperative)
+        monkeypatch.setenv("CUDA_HOST_LAUNCHES", str(tmp_path / cooperative))
+        rates = [0.1 / (1 + step) for step in range(steps)]
+        losses, correct, parameters = direct(
+            OTHERS["one-dense"], (images, labels), order[: 3 * steps], rates, optimizer="adam"
+        )
+        results.append((losses.nan_to_num(-1), correct, *parameters))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert (results[0][0][-1] == -1) == diverges
+    assert (tmp_path / "0").read_text().count("graph of 32 launches") == graphs
 
 
 def test_a_network_that_does_not_fit_is_refused_at_once(device):
