@@ -22,11 +22,10 @@ struct Backend {
   // the loss of its step NaN. A step whose loss is not finite is not taken, nor any after it; their losses are NaN.
   static std::tuple<Tensor, Tensor> train(const NetworkOperand& operand, const TrainingArguments& arguments) {
     const Tensor& like = arguments.parameters[0];
-    if (like.scalar_type() != ScalarType::Float) {
-      fail("parameters: expected dtype float32 on CUDA");
-    }
     const CurrentStream stream(like);
-    if (const char* reason = why_unsupported(operand.geometry())) {
+    const char* const reason = like.scalar_type() != ScalarType::Float ? "parameters that are not of dtype float32"
+                                                                       : why_unsupported(operand.geometry());
+    if (reason != nullptr) {
       fail("network: cannot be trained by the CUDA kernels: ", reason);
     }
     Training<float> training(operand, arguments);

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from . import reference
+from . import functional, reference
 from .fusable import LeftAlone, is_observed, label, read_call, read_layer
 from .nn import RBF, ConvActPool2d, ConvSubsample2d, FusedConv2d, SparseConvActPool2d
 from .tables import Connections
@@ -49,6 +50,20 @@ class _Layer:
             parameter = getattr(self.module, name, None)
             if parameter is not None:
                 yield f"{self.name}.{name}", parameter
+
+    def __call__(self, input: Tensor) -> Tensor:
+        """The layer's output, by the package's operators."""
+        module = self.module
+        if self.is_dense:
+            return reference.ACTIVATIONS[self.activation](F.linear(input.flatten(1), module.weight, module.bias))
+        options = {"padding": self.padding, "activation": self.activation}
+        if self.pool == "subsample":
+            parameters = module.weight, module.bias, module.coefficient, module.pool_bias
+            return functional.conv_subsample(input, *parameters, table=self.connections, **options)
+        options["pool"] = self.pool
+        if self.connections is None:
+            return functional.conv_act_pool(input, module.weight, module.bias, **options)
+        return functional.sparse_conv_act_pool(input, module.weight, module.bias, table=self.connections, **options)
 
     def follow(self, kind: str, value: str) -> None:
         """Take in an activation or a pooling behind the layer."""
@@ -151,6 +166,13 @@ class Network:
             if parameter in owners:
                 raise NetworkError(f"{name}: the same parameter as {owners[parameter]}")
             owners[parameter] = name
+
+    def __call__(self, input: Tensor) -> Tensor:
+        """What the model computes in training, (N, C, H, W) to scores or distances (N, classes); differentiable."""
+        for layer in self.layers:
+            input = layer(input)
+        features = input.flatten(1)
+        return features if self.rbf is None else functional.rbf(features, self.rbf.codes)
 
     @property
     def measures_distance(self) -> bool:

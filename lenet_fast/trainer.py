@@ -1,5 +1,6 @@
 """`FusedTrainer`: whole LeNet training steps, forward, loss, backward and update, in native calls without autograd."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from .functional import check_choice
 from .models import InputSpec
 from .network import NetworkError
 from .training_operands import TrainingOperands
+from .training_steps import TrainingSteps
 from .watch import Watch
 
 __all__ = ["FusedTrainer", "History", "TrainingError"]
@@ -20,7 +22,6 @@ __all__ = ["FusedTrainer", "History", "TrainingError"]
 OnStep = Callable[[int, float], None]
 
 _CALL_SECONDS = 0.1  # of a native call on the CPU: how long Ctrl-C waits
-_QUEUES = {"cuda"}  # device types on which a native call returns when its steps are queued
 
 
 class TrainingError(RuntimeError):
@@ -59,11 +60,14 @@ class FusedTrainer:
     `optimizer` is a `torch.optim` optimizer over the parameters of the model, whose settings and state are those of the
     training: learning-rate schedulers and `optimizer.step()` work on it, and its `state_dict` is PyTorch's.
 
+    On CUDA a run is one launch. A network that does not fit a multiprocessor's shared memory, or of dtype float64, takes
+    its steps in CUDA graphs of the operators, autograd and the optimizer instead, which a warning says.
+
     With the same number of threads, or on the same kind of GPU, a training repeats itself to the bit.
 
     Args:
-        model: on the CPU, of dtype float32 or float64, or on CUDA, of dtype float32. Parameters that do not require
-            gradients stay as they are.
+        model: on the CPU or on CUDA, of dtype float32 or float64. Parameters that do not require gradients stay as they
+            are.
         optimizer: "sgd", "adam" or "adamw", by PyTorch's definitions.
         lr: learning rate.
         momentum, nesterov: of sgd.
@@ -101,20 +105,25 @@ class FusedTrainer:
         if input_spec is not None and not isinstance(input_spec, InputSpec):
             raise TypeError(f"input_spec: expected an InputSpec, got {type(input_spec).__name__}")
         self.model = model
-        self.input_spec = input_spec
-        self._operands = TrainingOperands(model)
-        self._kind = optimizer
-        self._j = float(j)
-        self._pace = 0, 1  # batch size, steps a native call
+        operands = TrainingOperands(model)
+        self._pace = 0, 1  # batch size, steps a call
         common = {"lr": lr, "weight_decay": weight_decay}
         parameters = model.parameters()
         # fused: the same state as engines.AutogradEngine's, and the fastest way to go on without this class
-        self.optimizer: torch.optim.Optimizer = {
+        owner: torch.optim.Optimizer = {
             "sgd": lambda: torch.optim.SGD(parameters, **common, momentum=momentum, nesterov=nesterov, fused=True),
             "adam": lambda: torch.optim.Adam(parameters, **common, betas=betas, eps=eps, fused=True),
             "adamw": lambda: torch.optim.AdamW(parameters, **common, betas=betas, eps=eps, fused=True),
         }[optimizer]()
-        self._try_on_nothing()
+        self._steps = TrainingSteps(operands, owner, optimizer, input_spec, float(j))
+        if input_spec is not None:
+            with contextlib.suppress(NetworkError):  # perhaps it is trained on other images
+                self._steps.refusal((1, input_spec.size, input_spec.size))
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Of `torch.optim`, over the parameters of the model; its settings and state are those of the training."""
+        return self._steps.optimizer
 
     def step(self, images: Tensor, labels: Tensor) -> float:
         """One training step on one batch; returns the mean loss before the update.
@@ -129,7 +138,7 @@ class FusedTrainer:
             RuntimeError (on CUDA a ValueError): a label out of range; nothing was trained.
         """
         images, labels = self._check_data(images, labels)
-        losses, _ = self._call(images, labels, None, len(labels), [self._group()["lr"]])
+        losses, _ = self._steps.take(images, labels, None, len(labels), [self._steps.group()["lr"]])
         (loss,) = losses.tolist()
         if not math.isfinite(loss):
             raise TrainingError(_not_finite(1))
@@ -174,7 +183,7 @@ class FusedTrainer:
             def report(step: int, loss: float, before: int = epoch * steps) -> None:
                 on_step(before + step, loss)
 
-            rates = [self._group()["lr"]] * steps
+            rates = [self._steps.group()["lr"]] * steps
             results = self._run(images, labels, order, batch_size, rates, None if on_step is None else report)
             losses.append(results[0])
             correct.append(results[1])
@@ -205,7 +214,7 @@ class FusedTrainer:
             if not 0 <= index < len(labels):
                 raise ValueError(f"order: expected indices from 0 to {len(labels) - 1}, got {index}")
         steps = math.ceil(len(order) / batch_size)
-        rates = [self._group()["lr"]] * steps if learning_rates is None else list(learning_rates)
+        rates = [self._steps.group()["lr"]] * steps if learning_rates is None else list(learning_rates)
         if len(rates) != steps:
             raise ValueError(f"learning_rates: expected one for each of the {steps} steps, got {len(rates)}")
         return self._run(images, labels, order, batch_size, rates, on_step)
@@ -217,9 +226,9 @@ class FusedTrainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned, of this class or of the `torch.optim` optimizer of the same kind."""
         self.optimizer.load_state_dict(state)
-        self._group()
+        self._steps.group()
 
-    # --- native calls ------------------------------------------------------------------------------------------------
+    # --- calls that take steps ------------------------------------------------------------------------------------------------
 
     def _run(
         self,
@@ -232,7 +241,7 @@ class FusedTrainer:
     ) -> tuple[Tensor, Tensor]:
         """`run_epoch` on checked arguments."""
         order = order.to(images.device, non_blocking=True)
-        queues = images.device.type in _QUEUES
+        queued = self._steps.are_queued(images)
         losses, correct = [], []
         done, steps_a_call = 0, self._pace[1] if self._pace[0] == batch_size else 1
 
@@ -246,13 +255,13 @@ class FusedTrainer:
                     on_step(done, loss)
 
         while done < len(rates):
-            stop = len(rates) if queues else min(len(rates), done + steps_a_call)
+            stop = len(rates) if queued else min(len(rates), done + steps_a_call)
             data = images, labels, order[done * batch_size : stop * batch_size], batch_size, rates[done:stop]
             started = time.perf_counter()
-            if queues:
+            if queued:
                 results = self._watched_call(*data, note)
             else:
-                results = self._call(*data)
+                results = self._steps.take(*data)
                 seconds = time.perf_counter() - started
                 steps_a_call = max(1, min(4 * steps_a_call, int(_CALL_SECONDS / seconds * len(results[0]))))
                 self._pace = batch_size, steps_a_call
@@ -270,11 +279,11 @@ class FusedTrainer:
         rates: list[float],
         note: Callable[[list[float]], None],
     ) -> tuple[Tensor, Tensor]:
-        """`_call` where it only queues the steps: what it returned of those that were taken, when all have ended."""
+        """A call that only queues the steps: what it returned of those that were taken, when all have ended."""
         stream = torch.cuda.current_stream(images.device)
         watch = Watch(len(rates))
         try:
-            losses, correct = self._call(images, labels, order, batch_size, rates, watch.memory)
+            losses, correct = self._steps.take(images, labels, order, batch_size, rates, watch.memory)
             taken = watch.follow(stream.record_event(), note)
         except BaseException:
             watch.stop()
@@ -282,87 +291,16 @@ class FusedTrainer:
             raise
         return losses[:taken].cpu(), correct[:taken].cpu()
 
-    def _try_on_nothing(self) -> None:
-        """Raise where the kernels of the device cannot take the network, as far as the size of an image is known."""
-        operands = self._operands
-        if self.input_spec is None or operands.parameter.device.type not in _QUEUES:
-            return
-        side = self.input_spec.size
-        images = operands.parameter.new_empty((0, side, side), dtype=torch.uint8)
-        try:
-            numbers = self._numbers_for(images)
-        except NetworkError:
-            return  # perhaps it is trained on other images
-        labels = images.new_empty(0, dtype=torch.int64)
-        frozen = [0] * len(operands.parameters)
-        data = images, labels, None, 1, 0.0, 0.0, "sgd", [0.0] * 6, [], 0.0
-        try:
-            torch.ops.lenet_fast.network_train(numbers, operands.tensors, [], [], [], frozen, *data)
-        except RuntimeError as error:
-            raise NetworkError(str(error).splitlines()[0]) from error
-
-    def _call(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        order: Tensor | None,
-        batch_size: int,
-        rates: list[float],
-        watch: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Native steps on checked data: losses and numbers right, of each until one that is not finite."""
-        group = self._group()
-        if self._kind == "sgd":
-            moments = ("momentum_buffer",) if group["momentum"] else ()
-            settings = [group["momentum"], group["nesterov"], group["weight_decay"], 0.0, 0.0, 0.0]
-        else:
-            moments = ("exp_avg", "exp_avg_sq")
-            settings = [0.0, 0.0, group["weight_decay"], *group["betas"], group["eps"]]
-        operands = self._operands
-        operands.refresh(self.optimizer, moments, counts_steps=self._kind != "sgd")
-        spec = self.input_spec
-        scale, background = (0.0, 0.0) if spec is None else ((spec.foreground - spec.background) / 255, spec.background)
-        torch.autograd.graph.increment_version(operands.trained)
-        return torch.ops.lenet_fast.network_train(
-            self._numbers_for(images),
-            operands.tensors,
-            operands.first_moments,
-            operands.second_moments,
-            operands.step_counts,
-            operands.trains,
-            images,
-            labels,
-            order,
-            batch_size,
-            scale,
-            background,
-            self._kind,
-            list(map(float, settings)),
-            list(map(float, rates)),
-            self._j,
-            watch,
-        )
-
-    def _group(self) -> dict[str, Any]:
-        """The optimizer's settings."""
-        groups = self.optimizer.param_groups
-        if len(groups) != 1:
-            raise ValueError(f"optimizer: expected one group of parameters, got {len(groups)}")
-        for name in ("dampening", "maximize", "amsgrad"):
-            if groups[0].get(name):
-                raise ValueError(f"optimizer: the fused trainer has no {name}, got {groups[0][name]!r}")
-        return groups[0]
-
     def _check_data(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Images and labels as the native step takes them: contiguous, labels int64."""
-        parameter = self._operands.parameter
+        parameter = self._steps.operands.parameter
         for name, value in (("images", images), ("labels", labels)):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
             if value.device != parameter.device:
                 raise ValueError(f"{name}: expected on {parameter.device} as the model is, got {value.device}")
         if images.dtype == torch.uint8:
-            if self.input_spec is None:
+            if self._steps.input_spec is None:
                 raise ValueError(
                     "images: uint8 ones need an input_spec, and the model has none; name it or pass floats"
                 )
@@ -381,16 +319,10 @@ class FusedTrainer:
             )
         if labels.is_cuda:  # on the CPU the native step looks at them
             low, high = torch.stack(labels.aminmax()).tolist()
-            classes = self._numbers_for(images)[4]
+            classes = self._steps.operands.numbers(self._steps.image_shape(images))[4]
             if low < 0 or high >= classes:
                 raise ValueError(f"labels: expected 0 to {classes - 1}, got {low} to {high}")
         return images.contiguous(), labels.to(torch.int64).contiguous()
-
-    def _numbers_for(self, images: Tensor) -> list[int]:
-        """The network for images of this size, as the operators are told it."""
-        if images.dtype == torch.uint8:
-            return self._operands.numbers((1, self.input_spec.size, self.input_spec.size))
-        return self._operands.numbers(tuple(images.shape[1:]))
 
 
 def _check_count(name: str, value: int) -> None:

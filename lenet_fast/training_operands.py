@@ -5,6 +5,7 @@ A step on one image takes tens of microseconds in native code, and so does walki
 
 import itertools
 import operator
+import warnings
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from .network import Network, NetworkError
 from .snapshot import Snapshot, holds
 
 __all__ = ["TrainingOperands"]
+
+_REFUSED = "cannot be trained by the CUDA kernels"  # csrc/bind_training_cuda.cpp
 
 
 class TrainingOperands:
@@ -31,6 +34,7 @@ class TrainingOperands:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.version = 0  # of all tensors and of the network
         _refuse_hooks_on_all_modules()
         self._read()
 
@@ -47,6 +51,39 @@ class TrainingOperands:
         if image not in self._numbers:
             self._numbers[image] = self.network.numbers(image)
         return self._numbers[image]
+
+    def refusal(self, image: tuple[int, int, int]) -> str | None:
+        """Why the kernel that takes a whole run in one launch cannot train this on images (C, H, W); None: it can.
+
+        Only where there is such a kernel, on CUDA. Says it once, as a warning.
+
+        Raises:
+            NetworkError: as `numbers`.
+        """
+        if image not in self._refusals:
+            reason = self._refusals[image] = self._try_on_nothing(image)
+            if reason is not None:
+                warnings.warn(
+                    f"lenet_fast: {reason}. Its training steps are CUDA graphs of the operators, autograd and "
+                    "torch.optim instead.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        return self._refusals[image]
+
+    def _try_on_nothing(self, image: tuple[int, int, int]) -> str | None:
+        """What the native steps say of the network when they are given no images."""
+        images = self.parameter.new_empty((0, *image))
+        data = images, images.new_empty(0, dtype=torch.int64), None, 1, 0.0, 0.0, "sgd", [0.0] * 6, [], 0.0
+        frozen = [0] * len(self.parameters)
+        try:
+            torch.ops.lenet_fast.network_train(self.numbers(image), self.tensors, [], [], [], frozen, *data)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            if _REFUSED not in reason:
+                raise
+            return reason
+        return None
 
     def refresh(self, optimizer: torch.optim.Optimizer, moments: tuple[str, ...], *, counts_steps: bool) -> None:
         """Bring everything up to date with the model and the optimizer, and make the state that is missing.
@@ -102,13 +139,12 @@ class TrainingOperands:
         """Raise unless the native step can write to all of them."""
         self._marks: list[tuple] | None = None
         self._state = None  # of the optimizer: to look up again
+        self._refusals: dict[tuple[int, int, int], str | None] = {}
         ranges = []
         dtype = self.parameter.dtype
         for name, parameter in zip(self.names, self.parameters, strict=True):
             if parameter.dtype not in (torch.float32, torch.float64) or parameter.dtype != dtype:
                 raise NetworkError(f"{name}: expected float32 or float64, one for all, got {parameter.dtype}")
-            if parameter.is_cuda and dtype != torch.float32:
-                raise NetworkError(f"{name}: expected float32 on CUDA, got {dtype}")
             if (reason := backends.why_unavailable("native", parameter.device.type)) is not None:
                 raise NetworkError(f"{name}: on {parameter.device}, where the fused trainer cannot run: {reason}")
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
@@ -153,6 +189,7 @@ class TrainingOperands:
                 for name, value in state.items():
                     entries += [state, name, value]
         self.first_moments, self.second_moments, self.step_counts = first, second, counts
+        self.version += 1
         self._state, self._moments, self._owned, self._state_entries = optimizer.state, moments, owned, tuple(entries)
 
 

@@ -89,6 +89,8 @@ class Capture(TorchDispatchMode):
         self.made = []
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("the host reads a value while a graph is captured")
         results = operator(*args, **(kwargs or {}))
         self.graph.calls.append((operator, args, kwargs or {}, results))
         given = {tensor.untyped_storage().data_ptr() for tensor in tensors((args, kwargs))}
@@ -106,6 +108,18 @@ def tensors(tree):
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
+# Of torch.cuda, what it takes to capture a graph.
+GRAPHS = {
+    "device": lambda *_: nullcontext(),
+    "current_stream": lambda *_: Stream(),
+    "stream": lambda *_: nullcontext(),
+    "graph_pool_handle": lambda: (0, 0),
+    "Stream": Stream,
+    "CUDAGraph": CUDAGraph,
+    "graph": Capture,
+}
+
+
 def install():
     """For the rest of the process."""
     from lenet_fast import backends
@@ -117,7 +131,6 @@ def install():
         is_available=lambda: True,
         device_count=lambda: 2,
         current_device=lambda: 0,
-        device=lambda *_: nullcontext(),
         get_device_properties=lambda *_: properties,
         get_device_name=lambda *_: properties.name,
         get_device_capability=lambda *_: (9, 0),
@@ -126,14 +139,10 @@ def install():
         memory_allocated=lambda *_: 0,
         empty_cache=lambda: None,
         synchronize=lambda *_: None,
-        current_stream=lambda *_: Stream(),
-        stream=lambda *_: nullcontext(),
         set_sync_debug_mode=lambda mode: None,
         _sleep=lambda cycles: None,
-        Stream=Stream,
         Event=Event,
-        CUDAGraph=CUDAGraph,
-        graph=Capture,
+        **GRAPHS,
     )
     torch.version.cuda = torch.version.cuda or "pretended"
     why_unavailable = backends.why_unavailable

@@ -15,6 +15,7 @@ from lenet_fast import backends, data, models, trainer, watch
 from lenet_fast.inference import evaluate
 from lenet_fast.nn import ConvActPool2d
 from lenet_fast.trainer import FusedTrainer, TrainingError
+from lenet_fast.training_steps import TrainingSteps
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or backends.why_unavailable("native", "cuda") is not None,
@@ -311,7 +312,7 @@ def test_queued_steps_neither_wait_nor_allocate_in_a_graph(monkeypatch, cooperat
     order = torch.arange(30, device="cuda")
     initial = [parameter.detach().clone() for parameter in model.parameters()]
     trained = FusedTrainer(model, lr=0.1, momentum=0.9)
-    graph, (losses, correct) = captured(lambda: trained._call(images, labels, order, 8, [0.1] * 4))
+    graph, (losses, correct) = captured(lambda: trained._steps.take(images, labels, order, 8, [0.1] * 4))
     twin = FusedTrainer(expected, lr=0.1, momentum=0.9)
     with torch.no_grad():
         for parameter, value in zip(model.parameters(), initial, strict=True):
@@ -363,13 +364,13 @@ def test_a_long_run_is_several_launches(monkeypatch):
     monkeypatch.setattr(watch, "_LAUNCH_SECONDS", 0.01)
     monkeypatch.setattr(trainer, "_CALL_SECONDS", 0.01)
     calls = []
-    call = FusedTrainer._call
+    take = TrainingSteps.take
 
     def counted(self, *arguments):
         calls.append(len(arguments[4]))
-        return call(self, *arguments)
+        return take(self, *arguments)
 
-    monkeypatch.setattr(FusedTrainer, "_call", counted)
+    monkeypatch.setattr(TrainingSteps, "take", counted)
     images, labels = digits(64)
     model = build("lenet1")
     trained = FusedTrainer(model, "adam", lr=1e-4)
@@ -391,6 +392,75 @@ def test_a_run_that_diverges_stops_there():
     assert all(parameter.isfinite().all() for parameter in trained.model.parameters())
 
 
+# ---- What the kernel refuses: steps in CUDA graphs
+
+in_graphs = pytest.mark.filterwarnings("ignore:lenet_fast. network. cannot be trained by the CUDA kernels")
+
+
+def wide(device, dtype=torch.float32):
+    torch.manual_seed(0)
+    return models.lenet5(channels=(40, 60)).to(device, dtype)
+
+
+@no_pretence
+@pytest.mark.parametrize(("dtype", "reason"), [(torch.float32, "shared memory"), (torch.float64, "float32")])
+def test_a_refusal_is_said(dtype, reason):
+    with pytest.warns(RuntimeWarning, match=f"cannot be trained by the CUDA kernels: .*{reason}"):
+        trained = FusedTrainer(wide("cuda", dtype), lr=0.1)
+    trained.step(*digits(5))
+    assert trained._steps._graphed is not None
+
+
+@in_graphs
+@pytest.mark.parametrize("settings", SETTINGS)
+@every_model
+def test_float64_as_the_cpu(name, settings):
+    """Learning rates are float32 in a graph."""
+    settings = gentle(name, settings)
+    model, twin = build(name, dtype=torch.float64), build(name, "cpu", torch.float64)
+    (history, trained), (expected, plain) = (
+        run(network, settings, digits(70, device), epochs=2) for network, device in ((model, "cuda"), (twin, "cpu"))
+    )
+    torch.testing.assert_close(history.losses, expected.losses, rtol=1e-6, atol=0)
+    assert torch.equal(history.correct, expected.correct)
+    assert difference(model.parameters(), twin.parameters()) <= 1e-6 * difference(
+        twin.parameters(), build(name, "cpu").parameters()
+    )
+    for one, other in zip(trained.optimizer.state.values(), plain.optimizer.state.values(), strict=True):
+        for key, value in other.items():
+            torch.testing.assert_close(one[key].cpu(), value, rtol=1e-3, atol=1e-8)
+
+
+@in_graphs
+def test_a_wide_network_as_the_cpu_and_repeatedly():
+    runs = []
+    for device, dtype in (("cpu", torch.float64), ("cpu", torch.float32), ("cuda", torch.float32)):
+        model = wide(device, dtype)
+        history, _ = run(model, SETTINGS[1], digits(70, device), epochs=2)
+        runs.append((history.losses, model))
+    bound = 4 * (runs[1][0] - runs[0][0]).abs().max() + 1e-5 * runs[0][0].abs().max()
+    assert (runs[2][0] - runs[0][0]).abs().max() <= bound
+    again = wide("cuda")
+    history, _ = run(again, SETTINGS[1], digits(70), epochs=2)
+    assert torch.equal(history.losses, runs[2][0])
+    assert_same_bits(again, runs[2][1])
+
+
+@in_graphs
+@pytest.mark.parametrize(("stop", "error"), [(interrupt, KeyboardInterrupt), (enough, Enough)])
+def test_an_interruption_of_graphs_leaves_whole_steps(stop, error):
+    images, labels = digits(64)
+    order = torch.arange(64).repeat(1000)
+    model, again = wide("cuda"), wide("cuda")
+    trained = FusedTrainer(model, "adam", lr=1e-4)
+    with pytest.raises(error):
+        trained.run_epoch(images, labels, order, 32, on_step=lambda step, loss: step == 3 and stop())
+    (taken,) = {int(state["step"]) for state in trained.optimizer.state.values()}
+    assert 3 <= taken < 2000
+    FusedTrainer(again, "adam", lr=1e-4).run_epoch(images, labels, order[: 32 * taken], 32)
+    assert_same_bits(model, again)
+
+
 # ---- What is refused
 
 
@@ -401,9 +471,3 @@ def test_labels_out_of_range(label):
     labels[4] = label
     with pytest.raises(ValueError, match=r"labels: expected 0 to 9, got"):
         FusedTrainer(build("lenet1"), lr=0.1).run(images, labels, batch_size=2)
-
-
-@no_pretence
-def test_float64():
-    with pytest.raises(ValueError, match=r"expected float32 on CUDA, got torch\.float64"):
-        FusedTrainer(build("lenet1", dtype=torch.float64), lr=0.1)

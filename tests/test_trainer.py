@@ -429,13 +429,13 @@ def test_the_pace_of_one_epoch_is_that_of_the_next(monkeypatch):
     """Steps a native call: one at first, then ever more; another batch size starts afresh."""
     calls = []
     trainer = FusedTrainer(build("lenet1"), lr=0.01)
-    call = trainer._call
+    take = trainer._steps.take
 
     def counted(images, labels, order, batch_size, rates):
         calls.append(len(rates))
-        return call(images, labels, order, batch_size, rates)
+        return take(images, labels, order, batch_size, rates)
 
-    monkeypatch.setattr(trainer, "_call", counted)
+    monkeypatch.setattr(trainer._steps, "take", counted)
     monkeypatch.setattr("lenet_fast.trainer._CALL_SECONDS", 1e9)  # a call may take as long as it likes
     trainer.run(*bytes_like(40), batch_size=2, epochs=2)
     assert calls == [1, 4, 15, 20]

@@ -4,12 +4,12 @@ import copy
 import math
 import threading
 
+import pretend_cuda
 import pytest
 import torch
 from torch import nn
 
-from lenet_fast import models, trainer, watch
-from lenet_fast.network import NetworkError
+from lenet_fast import models, training_steps, watch
 from lenet_fast.nn import ConvActPool2d, SparseConvActPool2d
 from lenet_fast.trainer import FusedTrainer, TrainingError
 
@@ -172,11 +172,11 @@ def test_any_division_of_the_sums(monkeypatch, multiprocessors):
 def direct(model, data, order=None, rates=(0.1,), batch_size=3, optimizer="sgd", watch=None):
     """The operator itself on a copy of the model: what it returns, and the parameters."""
     network = FusedTrainer(model, lr=0.1)
-    tensors = [tensor.detach().clone() for tensor in network._operands.tensors]
+    tensors = [tensor.detach().clone() for tensor in network._steps.operands.tensors]
     parameters = tensors[: len(list(model.parameters()))]
     moments = [[torch.zeros_like(p) for p in parameters] for _ in range(2 if optimizer == "adam" else 0)] or [[], []]
     counts = [torch.zeros(()) for _ in parameters] if optimizer == "adam" else []
-    numbers = network._numbers_for(data[0])
+    numbers = network._steps.operands.numbers(network._steps.image_shape(data[0]))
     settings = optimizer, [0.0, 0.0, 0.0, 0.9, 0.999, 1e-8], list(rates), 0.0, watch
     results = HOST(
         numbers, tensors, *moments, counts, [1] * len(parameters), *data, order, batch_size, 0.01, 0.0, *settings
@@ -277,7 +277,7 @@ def device(monkeypatch):
     """For which the trainer takes the CPU, as it would a GPU."""
     device = Device()
     monkeypatch.setattr(watch, "_LAUNCH_SECONDS", 1000.0)  # the shim is slow
-    monkeypatch.setattr(trainer, "_QUEUES", {"cpu"})
+    monkeypatch.setattr(training_steps, "_QUEUES", {"cpu"})
     monkeypatch.setattr(watch, "_pinned", lambda size: torch.empty(size, dtype=torch.float64))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: device)
     monkeypatch.setattr(torch.ops.lenet_fast, "network_train", device.call)
@@ -313,7 +313,7 @@ def test_a_watched_run_is_the_run(monkeypatch, device):
     (losses, correct), model, _ = run(on_step=lambda step, loss: seen.append((step, loss)))
     assert device.calls == 1
     assert seen == list(enumerate(losses.tolist(), 1))
-    monkeypatch.setattr(trainer, "_QUEUES", set())
+    monkeypatch.setattr(training_steps, "_QUEUES", set())
     monkeypatch.setattr(torch.ops.lenet_fast, "network_train", HOST)
     (expected, expected_correct), twin, _ = run()
     assert torch.equal(losses, expected)
@@ -427,8 +427,34 @@ def test_many_launches_are_graphs(monkeypatch, tmp_path, steps, graphs, diverges
     assert (tmp_path / "0").read_text().count("graph of 32 launches") == graphs
 
 
-def test_a_network_that_does_not_fit_is_refused_at_once(device):
-    """When the size of its images is known, so that others may train it instead."""
-    wide = nn.Sequential(ConvActPool2d(1, 64, 5, padding=2), nn.Flatten(), nn.Linear(64 * 64 * 64, 10))
-    with pytest.raises(NetworkError, match=r"cannot be trained by the CUDA kernels: .* shared memory"):
-        FusedTrainer(wide, lr=0.1, input_spec=models.InputSpec(128, 0.0, 1.0))
+@pytest.mark.parametrize(
+    ("dtype", "side", "reason"),
+    [(torch.float32, 128, "more of an image than .* shared memory holds"), (torch.float64, 12, "not of dtype float32")],
+)
+def test_what_the_kernels_refuse_takes_its_steps_in_graphs(monkeypatch, device, dtype, side, reason):
+    """Where the size of its images is known, that is said at once."""
+    for name, value in pretend_cuda.GRAPHS.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    torch.manual_seed(0)
+    features = 4 * (side // 2 - 1) ** 2
+    model = nn.Sequential(ConvActPool2d(1, 4, 3), nn.Flatten(), nn.Linear(features, 10)).to(dtype)
+    twin = copy.deepcopy(model)
+    spec = models.InputSpec(side, 0.0, 1.0)
+    with pytest.warns(RuntimeWarning, match=f"cannot be trained by the CUDA kernels: .*{reason}.* CUDA graphs"):
+        trained = FusedTrainer(model, lr=2**-6, input_spec=spec)
+    losses, _ = trained.run_epoch(*digits(7, side), torch.arange(7), 3)
+    monkeypatch.setattr(torch.ops.lenet_fast, "network_train", CPU)
+    monkeypatch.setattr(training_steps, "_QUEUES", set())
+    expected, _ = FusedTrainer(twin, lr=2**-6, input_spec=spec).run_epoch(*digits(7, side), torch.arange(7), 3)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_other_errors_of_the_native_steps_pass(monkeypatch, device):
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch.ops.lenet_fast, "network_train", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        FusedTrainer(build("lenet1"), lr=0.1)
