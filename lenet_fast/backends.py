@@ -62,6 +62,26 @@ def serving(device_type: str) -> str:
     return f"plain PyTorch ({native}; {triton})"
 
 
+def why_untrained(device_type: str) -> str | None:
+    """Why `FusedTrainer` has nothing that takes its steps on `device_type`; None when it has."""
+    native = why_unavailable("native", device_type)
+    if native is None or device_type != "cuda":
+        return native
+    triton = why_unavailable("triton", device_type)
+    return None if triton is None else f"{native}; {triton}"
+
+
+def training(device_type: str) -> str:
+    """What takes the steps of `FusedTrainer` on `device_type`, and why nothing faster does."""
+    if (reason := why_untrained(device_type)) is not None:
+        return f"not possible ({reason})"
+    if (native := why_unavailable("native", device_type)) is not None:
+        return f"CUDA graphs of the operators ({native})"
+    if device_type == "cuda":
+        return "one launch a run; CUDA graphs of networks that are not float32 or too large for a multiprocessor"
+    return "native"
+
+
 @cache
 def warn_fallback(device_type: str) -> None:
     """Say once per device type that the operators there do not run through compiled kernels."""

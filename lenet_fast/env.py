@@ -23,6 +23,7 @@ def facts() -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "waiting threads": _wait_policy(),
         **{f"kernels on {device}": backends.serving(device) for device in ("cpu", "cuda")},
+        **{f"training on {device}": backends.training(device) for device in ("cpu", "cuda")},
         **_build_facts(),
         **{name: _package_version(name) for name in _OPTIONAL_PACKAGES},
     }

@@ -60,8 +60,8 @@ class FusedTrainer:
     `optimizer` is a `torch.optim` optimizer over the parameters of the model, whose settings and state are those of the
     training: learning-rate schedulers and `optimizer.step()` work on it, and its `state_dict` is PyTorch's.
 
-    On CUDA a run is one launch. A network that does not fit a multiprocessor's shared memory, or of dtype float64, takes
-    its steps in CUDA graphs of the operators, autograd and the optimizer instead, which a warning says.
+    On CUDA a run is one launch. A network that does not fit a multiprocessor's shared memory, or of dtype float64,
+    takes its steps in CUDA graphs of the operators, autograd and torch.optim instead, which a warning says.
 
     With the same number of threads, or on the same kind of GPU, a training repeats itself to the bit.
 
@@ -228,7 +228,7 @@ class FusedTrainer:
         self.optimizer.load_state_dict(state)
         self._steps.group()
 
-    # --- calls that take steps ------------------------------------------------------------------------------------------------
+    # --- calls that take steps ----------------------------------------------------------------------------------------
 
     def _run(
         self,

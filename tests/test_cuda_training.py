@@ -394,7 +394,7 @@ def test_a_run_that_diverges_stops_there():
 
 # ---- What the kernel refuses: steps in CUDA graphs
 
-in_graphs = pytest.mark.filterwarnings("ignore:lenet_fast. network. cannot be trained by the CUDA kernels")
+in_graphs = pytest.mark.filterwarnings("ignore:lenet_fast. no training in one launch")
 
 
 def wide(device, dtype=torch.float32):

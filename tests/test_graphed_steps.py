@@ -3,6 +3,8 @@
 import copy
 import math
 import pickle
+import re
+import warnings
 
 import pretend_cuda
 import pytest
@@ -10,7 +12,7 @@ import torch
 from test_trainer import bytes_like, images_like
 from torch import nn
 
-from lenet_fast import graphed_steps, models, training_steps
+from lenet_fast import backends, env, graphed_steps, models, training_steps
 from lenet_fast.nn import ConvActPool2d, SparseConvActPool2d
 from lenet_fast.trainer import FusedTrainer, TrainingError
 from lenet_fast.training_operands import TrainingOperands
@@ -24,7 +26,7 @@ SETTINGS = [
     {"optimizer": "adamw", "lr": 2**-9, "weight_decay": 0.1},
 ]
 
-pytestmark = pytest.mark.filterwarnings("ignore:lenet_fast. network. cannot be trained by the CUDA kernels")
+pytestmark = pytest.mark.filterwarnings("ignore:lenet_fast. no training in one launch")
 
 
 @pytest.fixture
@@ -298,10 +300,43 @@ def test_what_surrounds_it_does_not_matter(graphed, context):
 
 def test_it_is_said_once(graphed):
     graphed()
-    with pytest.warns(RuntimeWarning) as said:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         trainer = FusedTrainer(build(), lr=2**-6)
         trainer.run(*bytes_like(8), batch_size=2, epochs=2)
     (warning,) = said
     assert str(warning.message) == (
-        f"lenet_fast: {REASON}. Its training steps are CUDA graphs of the operators, autograd and torch.optim instead."
+        f"lenet_fast: no training in one launch: {REASON}. The steps are CUDA graphs of the operators, autograd and "
+        "torch.optim."
     )
+
+
+def test_without_compiled_kernels_for_the_device(graphed, monkeypatch):
+    """The operators run on others."""
+    data = bytes_like(8)
+    expected = train(build(), SETTINGS[1], data)
+    attempt = TrainingOperands._try_on_nothing
+    graphed()
+    monkeypatch.setattr(TrainingOperands, "_try_on_nothing", attempt)
+    monkeypatch.setattr(backends, "why_untrained", lambda device_type: None)
+    monkeypatch.setattr(backends, "why_unavailable", lambda backend, device_type: "it was not built")
+    with pytest.warns(RuntimeWarning, match="no training in one launch: it was not built"):
+        FusedTrainer(build(), lr=2**-6)
+    assert_equal_training(train(build(), SETTINGS[1], data), expected)
+
+
+@pytest.mark.parametrize(
+    ("missing", "device", "untrained", "report"),
+    [
+        ({}, "cpu", None, "native"),
+        ({}, "cuda", None, "one launch a run; CUDA graphs of networks that are not float32 or too large for a"),
+        ({"native": "no nvcc"}, "cpu", "no nvcc", r"not possible \(no nvcc\)"),
+        ({"native": "no nvcc"}, "cuda", None, r"CUDA graphs of the operators \(no nvcc\)"),
+        ({"native": "no nvcc", "triton": "none"}, "cuda", "no nvcc; none", r"not possible \(no nvcc; none\)"),
+    ],
+)
+def test_what_takes_the_steps(monkeypatch, missing, device, untrained, report):
+    monkeypatch.setattr(backends, "why_unavailable", lambda backend, _: missing.get(backend))
+    assert backends.why_untrained(device) == untrained
+    assert re.match(report, backends.training(device))
+    assert re.match(report, env.facts()[f"training on {device}"])
