@@ -66,8 +66,8 @@ step sanitize racecheck 45 compute-sanitizer --tool racecheck "${check[@]}"
 step sanitize initcheck 25 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool initcheck "${check[@]}"
 read -ra options <<< "${GPU_RUN_TRAIN:-}" # more of them, for bench_train.py
 step train train 150 "${python[@]}" benchmarks/bench_train.py --device cuda --csv "$out/train_$gpu.csv" \
-  --networks lenet5-d2l,lenet5,lenet5-sparse,lenet5-1998,lenet1 --batch 128,4096,512,32 --rounds 5 --sample-ms 1 \
-  --rivals fused-step,eager,compile,compile-graph,jax-scan --keep-going --seconds 110 "${options[@]}"
+  --networks lenet5-d2l,lenet5,lenet5-sparse,lenet5-1998,lenet1,lenet5-wide --batch 128,4096,512,32 --rounds 5 --sample-ms 1 \
+  --rivals fused-step,fused-phases,eager,compile,compile-graph,jax-scan --keep-going --seconds 110 "${options[@]}"
 if [[ -n ${LENET_FAST_DATA:-} ]]; then # the 60,000 digits are there
   step train accuracy 45 "${python[@]}" benchmarks/time_to_accuracy.py --device cuda --seeds 20 \
     --csv "$out/time_to_accuracy_$gpu.csv"

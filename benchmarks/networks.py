@@ -30,6 +30,7 @@ NETWORKS: Mapping[str, Network] = {
     "lenet5-sparse": Network(partial(models.lenet5, connections=LENET5_C3), 0.01),
     "lenet5-1998": Network(models.lenet5_1998, 1e-4),
     "lenet1": Network(models.lenet1, 0.01),
+    "lenet5-wide": Network(partial(models.lenet5, channels=(32, 64)), 0.01),
 }
 
 

@@ -1,6 +1,7 @@
 """Who competes in training whole networks: our trainer, and PyTorch in every form that a user would try."""
 
 import copy
+import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from lenet_fast import FusedTrainer
 from lenet_fast.models import criterion
 
 Step = Callable[[Tensor, Tensor], Tensor]
+
+_COOPERATIVE = "LENET_FAST_COOPERATIVE"
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,20 @@ def fused_run(task: Task) -> Trained:
     trainer, reset = _fused(task)
     order = torch.arange(len(task.labels), device=task.labels.device)
     return Trained(lambda: trainer.run_epoch(task.pixels, task.labels, order, task.batch)[0], reset)
+
+
+def fused_phases(task: Task) -> Trained:
+    """As `fused_run` where a GPU has no cooperative launches."""
+    trained = fused_run(task)
+
+    def run() -> Tensor:
+        os.environ[_COOPERATIVE] = "0"
+        try:
+            return trained.run()
+        finally:
+            del os.environ[_COOPERATIVE]
+
+    return Trained(run, trained.reset)
 
 
 def _fused(task: Task) -> tuple[FusedTrainer, Callable[[], None]]:
@@ -166,6 +183,7 @@ CONTESTANTS: Mapping[str, Mapping[str, Contestant]] = {
     },
     "cuda": {
         **_EVERYWHERE,
+        "fused-phases": Contestant(fused_phases),
         "compile-graph": Contestant(_with(memory_format=torch.contiguous_format, captures=True), compiled=True),
         "jax-scan": Contestant(jax_networks.train_in_a_scan, compiled=True),
     },

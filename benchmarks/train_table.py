@@ -21,6 +21,7 @@ TYPICAL = ("lenet5-d2l", "128")  # network and batch
 RIVALS = {  # column of each contestant; where several share one, the fastest of them stands there
     "fused-run": "ours, all steps in a call",
     "fused-step": "ours, a call each step",
+    "fused-phases": "ours, two launches a step",
     "eager": "eager",
     "eager-channels-last": "eager, channels_last",
     "compile": "torch.compile, its fastest form",

@@ -19,7 +19,7 @@ from lenet_fast import backends
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
-NETWORKS = ("lenet5-d2l", "lenet5", "lenet5-sparse", "lenet5-1998", "lenet1")
+NETWORKS = ("lenet5-d2l", "lenet5", "lenet5-sparse", "lenet5-1998", "lenet1", "lenet5-wide")
 QUICK = ["--batch", "3,64", "--networks", "lenet1,lenet5-sparse", "--threads", "1", "--rounds", "2"]
 QUICK += ["--sample-ms", "0.1"]
 

@@ -197,14 +197,14 @@ def test_rows_of_a_gpu(benchmark):
 @needs_native
 def test_whole_networks_of_a_gpu(tmp_path):
     options = "--batch 5,3 --threads 1 --networks lenet1 --rounds 2 --epoch-images 10"
-    options += " --rivals fused-step,eager,compile-graph"
+    options += " --rivals fused-step,fused-phases,eager,compile-graph"
     done = gpu_run(tmp_path, "train", python=PRETEND, GPU_RUN_TRAIN=options, LENET_FAST_DATA="")
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "gpu_run.log").read_text()
     rows = read(tmp_path / "train_pretended_gpu.csv")
     assert [(row["batch"], row["steps"], row["contestant"]) for row in rows] == [
         (batch, steps, who)
         for batch, steps in (("5", "2"), ("3", "3"))
-        for who in ("fused-step", "fused-run", "eager", "compile-graph")
+        for who in ("fused-step", "fused-run", "eager", "fused-phases", "compile-graph")
     ]
     for row in rows:
         assert (row["gpu"], row["tf32"]) == ("pretended GPU", "off")
