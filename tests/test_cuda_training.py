@@ -181,7 +181,7 @@ def test_a_launch_a_phase_gives_the_same_bits(monkeypatch):
     for cooperative in ("1", "0"):
         monkeypatch.setenv("LENET_FAST_COOPERATIVE", cooperative)
         model = build("lenet5")
-        history, _ = run(model, SETTINGS[1], digits(100), batch_size=3, epochs=2)  # 34 steps, three graphs
+        history, _ = run(model, SETTINGS[1], digits(100), batch_size=3, epochs=2)  # 34 steps, two graphs
         results.append((history.losses, model))
     assert torch.equal(results[0][0], results[1][0])
     assert_same_bits(results[0][1], results[1][1])

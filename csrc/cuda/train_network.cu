@@ -39,16 +39,12 @@ __global__ void __launch_bounds__(kNetworkThreads, 1) train_steps(const __grid_c
 }
 
 // The phases as launches. A graph repeats its launches with the arguments they had, so which step it is lies in memory;
-// each phase reads its own number and writes that of the other, which does not run. A graph may go beyond the last
-// step.
+// each phase reads its own number and writes that of the other, which does not run.
 template <int K>
 __global__ void __launch_bounds__(kNetworkThreads, 1) train_images_phase(const __grid_constant__ NetworkPlan n) {
   const int step = *n.images_step;
   if (talks_to_host()) {
     *n.update_step = step;
-  }
-  if (step >= n.steps) {
-    return;
   }
   if (*n.stopped != 0) {
     if (talks_to_host()) {
@@ -66,9 +62,7 @@ static __global__ void __launch_bounds__(kNetworkThreads, 1) update_phase(const 
   if (talks_to_host()) {
     *n.images_step = step + 1;
   }
-  if (step < n.steps) {
-    update_parameters(n, update_memory(n, reinterpret_cast<float*>(shared_memory())), step);
-  }
+  update_parameters(n, update_memory(n, reinterpret_cast<float*>(shared_memory())), step);
 }
 
 struct Results {
@@ -306,13 +300,15 @@ void launch_phases(const NetworkPlan& n, cudaStream_t stream) {
       launch(&update_phase, "update_phase", blocks, kNetworkThreads, bytes, on, n);
     }
   };
-  if (n.steps <= kGraphSteps || is_capturing(stream)) {
-    queue(n.steps, stream);
-    return;
-  }
-  const LaunchGraph graph([&](cudaStream_t on) { queue(kGraphSteps, on); });
-  for (int step = 0; step < n.steps; step += kGraphSteps) {
-    graph.launch(stream);
+  // Not in a graph are those left over, at least one: a kernel is loaded by its first launch, which a capture may
+  // forbid.
+  const int first = is_capturing(stream) ? n.steps : (n.steps - 1) % kGraphSteps + 1;
+  queue(first, stream);
+  if (first < n.steps) {
+    const LaunchGraph graph([&](cudaStream_t on) { queue(kGraphSteps, on); });
+    for (int step = first; step < n.steps; step += kGraphSteps) {
+      graph.launch(stream);
+    }
   }
 }
 
