@@ -82,7 +82,7 @@ class AutogradEngine:
 
 
 class FusedEngine:
-    """The same by `FusedTrainer`: a native call takes whole steps. The state is the same too."""
+    """The same by `FusedTrainer`, many steps in a call. The state is the same too."""
 
     name = "fused"
 

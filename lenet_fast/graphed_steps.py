@@ -1,18 +1,28 @@
 """Many training steps of one kind on a GPU: one is captured in a CUDA graph for each batch size, and replayed."""
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from .autograd_step import AutogradStep
+
 __all__ = ["GraphedSteps"]
 
-Step = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # see AutogradStep.__call__
-
 _MOST_STEPS = 1024  # of a call
-_MOST_GRAPHS = 8  # batch sizes, for each holds memory
+_MOST_GRAPHS = 8  # batch sizes, for each takes memory
 _WARM_UPS = 3  # before a capture: libraries load kernels and take memory
+
+_capturing = threading.Lock()
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures on a device: cuBLAS keeps some megabytes for every stream that it has seen."""
+    return torch.cuda.Stream(device)
 
 
 @dataclass(frozen=True)
@@ -28,21 +38,20 @@ class GraphedSteps:
     """Takes steps whose kernels are queued at once: a replay and two copies each.
 
     Args:
-        step: what is captured; works in place, and on the host looks at nothing.
+        step: what is captured.
         device: where.
     """
 
-    def __init__(self, step: Step, device: torch.device) -> None:
+    def __init__(self, step: AutogradStep, device: torch.device) -> None:
         self._step = step
         self._device = device
-        self._graphs: dict[tuple, _Graph] = {}
+        self._graphs: dict[tuple, _Graph] = {}  # the one that was used last comes last
         with torch.inference_mode(False):
             self._number = torch.zeros(1, dtype=torch.int64, device=device)  # of the step in a call
-            self._skip = torch.zeros((), device=device)  # 1: no further step of the call is taken
-            self._rates = torch.zeros(_MOST_STEPS, device=device)
+            self._skip = torch.zeros((), dtype=torch.float32, device=device)  # 1: no further step of a call is taken
+            self._rates = torch.zeros(_MOST_STEPS, dtype=torch.float32, device=device)
             self._losses = torch.zeros(_MOST_STEPS, dtype=torch.float64, device=device)
             self._correct = torch.zeros(_MOST_STEPS, dtype=torch.int64, device=device)
-        self._pool = torch.cuda.graph_pool_handle()  # for all graphs, as no two run at once
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -77,30 +86,29 @@ class GraphedSteps:
     def _graph_for(self, images: Tensor, labels: Tensor, batch: Tensor) -> _Graph:
         """The step for batches as large as this one."""
         key = len(batch), images.dtype, images.shape[1:]
-        if key not in self._graphs:
-            if len(self._graphs) == _MOST_GRAPHS:
-                del self._graphs[next(iter(self._graphs))]
-            self._graphs[key] = self._capture(images[batch], labels[batch])
-        return self._graphs[key]
+        graph = self._graphs.pop(key, None) or self._capture(images[batch], labels[batch])
+        if len(self._graphs) == _MOST_GRAPHS:
+            del self._graphs[next(iter(self._graphs))]
+        self._graphs[key] = graph
+        return graph
 
     def _capture(self, images: Tensor, labels: Tensor) -> _Graph:
-        def step() -> None:
+        def take(step: AutogradStep) -> None:
             rate = self._rates.index_select(0, self._number).squeeze(0)
-            loss, correct = self._step(images, labels, rate, self._skip)
+            loss, correct = step(images, labels, rate, self._skip)
             self._losses.index_copy_(0, self._number, loss.double().view(1))
             self._correct.index_copy_(0, self._number, correct.view(1))
             self._number.add_(1)
 
         self._number.zero_()
-        self._skip.fill_(1)  # the steps that warm up change nothing
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):
-                step()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: what other threads do, loading data say, is no part of it and may go on
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            step()
+        graph, stream, rehearsal = torch.cuda.CUDAGraph(), _capture_stream(self._device), self._step.rehearsal()
+        with _capturing:
+            stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UPS):
+                    take(rehearsal)
+                # thread_local: what other threads do, loading data say, is no part of it and may go on
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                    take(self._step)
+            torch.cuda.current_stream(self._device).wait_stream(stream)
         return _Graph(graph, images, labels)

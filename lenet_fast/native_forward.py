@@ -10,7 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from . import backends
 from .network import Network, NetworkError
 from .nn import FusedConv2d
-from .snapshot import FORWARD_HOOKS, Snapshot, holds
+from .snapshot import FORWARD_HOOKS, Snapshot
 
 __all__ = ["NativeForward"]
 
@@ -37,7 +37,6 @@ class NativeForward:
         """Outputs (N, classes) of `input` (N, C, H, W); None where the layers have to do it one by one."""
         if (
             type(input) is not Tensor
-            or holds is None  # nothing compiled: the layers do it
             or _are_functorch_transforms_active()
             or torch.is_autocast_enabled("cpu")
             or _has_any_global_hook()

@@ -1,7 +1,7 @@
 """A whole LeNet as the native operators take it: what it is made of, its parameters, and its sizes for an image."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -51,19 +51,20 @@ class _Layer:
             if parameter is not None:
                 yield f"{self.name}.{name}", parameter
 
-    def __call__(self, input: Tensor) -> Tensor:
-        """The layer's output, by the package's operators."""
-        module = self.module
+    def compute(self, input: Tensor, parameters: Iterator[Tensor]) -> Tensor:
+        """The layer's output by the package's operators; takes its parameters, of which there may be more."""
+        weight = next(parameters)
+        bias = None if self.module.bias is None else next(parameters)
         if self.is_dense:
-            return reference.ACTIVATIONS[self.activation](F.linear(input.flatten(1), module.weight, module.bias))
+            return reference.ACTIVATIONS[self.activation](F.linear(input.flatten(1), weight, bias))
         options = {"padding": self.padding, "activation": self.activation}
         if self.pool == "subsample":
-            parameters = module.weight, module.bias, module.coefficient, module.pool_bias
-            return functional.conv_subsample(input, *parameters, table=self.connections, **options)
+            subsampling = next(parameters), next(parameters)
+            return functional.conv_subsample(input, weight, bias, *subsampling, table=self.connections, **options)
         options["pool"] = self.pool
         if self.connections is None:
-            return functional.conv_act_pool(input, module.weight, module.bias, **options)
-        return functional.sparse_conv_act_pool(input, module.weight, module.bias, table=self.connections, **options)
+            return functional.conv_act_pool(input, weight, bias, **options)
+        return functional.sparse_conv_act_pool(input, weight, bias, table=self.connections, **options)
 
     def follow(self, kind: str, value: str) -> None:
         """Take in an activation or a pooling behind the layer."""
@@ -167,12 +168,17 @@ class Network:
                 raise NetworkError(f"{name}: the same parameter as {owners[parameter]}")
             owners[parameter] = name
 
-    def __call__(self, input: Tensor) -> Tensor:
-        """What the model computes in training, (N, C, H, W) to scores or distances (N, classes); differentiable."""
+    def compute(self, input: Tensor, tensors: Iterable[Tensor]) -> Tensor:
+        """What the model computes, (N, C, H, W) to scores or distances (N, classes), by the package's operators.
+
+        Args:
+            tensors: in the place of what `tensors()` returns.
+        """
+        remaining = iter(tensors)
         for layer in self.layers:
-            input = layer(input)
+            input = layer.compute(input, remaining)
         features = input.flatten(1)
-        return features if self.rbf is None else functional.rbf(features, self.rbf.codes)
+        return features if self.rbf is None else functional.rbf(features, next(remaining))
 
     @property
     def measures_distance(self) -> bool:

@@ -1,13 +1,35 @@
 """Whether a model is as it was: what a native call asks that reads a model once and then relies on what it found."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 try:
     from ._snapshot import holds
-except ImportError:  # nothing compiled: nothing native that asks
-    holds = None
+except ImportError:  # nothing compiled
+
+    def holds(types: tuple, lengths: tuple, entries: tuple) -> bool:
+        """As csrc/snapshot.cpp."""
+
+        def groups(flat: tuple, size: int) -> Iterator[tuple]:
+            return zip(*[iter(flat)] * size, strict=True)
+
+        return (
+            all(type(value) is kind for value, kind in groups(types, 2))
+            and all(len(owned) == length for owned, length in groups(lengths, 2))
+            and all(_same(owned.get(key, _ABSENT), value) for owned, key, value in groups(entries, 3))
+        )
+
+
+_ABSENT = object()
+
+
+def _same(found: object, expected: object) -> bool:
+    if found is expected:
+        return True
+    return isinstance(expected, int | float | str | tuple) and type(found) is type(expected) and found == expected
+
 
 __all__ = ["FORWARD_HOOKS", "HOOKS", "Snapshot", "holds"]
 

@@ -46,7 +46,7 @@ class TrainConfig:
         device: "auto" is CUDA where PyTorch has it, else the CPU.
         dtype: "float32", "float64", or "bfloat16" (autocast; the parameters stay float32).
         reference: train the plain PyTorch twin instead, from the same initial weights on the same batches.
-        engine: "fused" takes whole steps in native code (`FusedTrainer`), "autograd" is torch.autograd and torch.optim;
+        engine: "fused" takes many steps in a call (`FusedTrainer`), "autograd" is torch.autograd and torch.optim;
             "auto" is fused where that can train what is asked for, but for the twin. A `Run` resolves it.
 
     Raises:

@@ -1,4 +1,4 @@
-"""`FusedTrainer`: whole LeNet training steps, forward, loss, backward and update, in native calls without autograd."""
+"""`FusedTrainer`: whole LeNet training steps, forward, loss, backward and update, many in a call."""
 
 import contextlib
 import math
@@ -49,7 +49,7 @@ class History:
 
 
 class FusedTrainer:
-    """Trains a LeNet in place: each step is forward, loss, backward and update in one native call, without autograd.
+    """Trains a LeNet in place: forward, loss, backward and update of many steps in one native call, without autograd.
 
     Takes every model of `lenet_fast.models`, its `.reference()` twin, and any other module whose forward is a chain of
     one to four convolution blocks (dense or sparse connections or trainable subsampling, any activation and pooling),
@@ -61,7 +61,8 @@ class FusedTrainer:
     training: learning-rate schedulers and `optimizer.step()` work on it, and its `state_dict` is PyTorch's.
 
     On CUDA a run is one launch. A network that does not fit a multiprocessor's shared memory, or of dtype float64,
-    takes its steps in CUDA graphs of the operators, autograd and torch.optim instead, which a warning says.
+    takes its steps in CUDA graphs of the operators, autograd and torch.optim instead, which a warning says. There a
+    learning rate is rounded to float32, and every other setting that changes makes new graphs.
 
     With the same number of threads, or on the same kind of GPU, a training repeats itself to the bit.
 
@@ -118,7 +119,7 @@ class FusedTrainer:
         self._steps = TrainingSteps(operands, owner, optimizer, input_spec, float(j))
         if input_spec is not None:
             with contextlib.suppress(NetworkError):  # perhaps it is trained on other images
-                self._steps.refusal((1, input_spec.size, input_spec.size))
+                operands.refusal((1, input_spec.size, input_spec.size))
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -225,7 +226,9 @@ class FusedTrainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned, of this class or of the `torch.optim` optimizer of the same kind."""
-        self.optimizer.load_state_dict(state)
+        # fused, whatever it was: then the state is on the device
+        groups = [{**group, "fused": True, "foreach": None} for group in state["param_groups"]]
+        self.optimizer.load_state_dict({**state, "param_groups": groups})
         self._steps.group()
 
     # --- calls that take steps ----------------------------------------------------------------------------------------
@@ -241,7 +244,6 @@ class FusedTrainer:
     ) -> tuple[Tensor, Tensor]:
         """`run_epoch` on checked arguments."""
         order = order.to(images.device, non_blocking=True)
-        queued = self._steps.are_queued(images)
         losses, correct = [], []
         done, steps_a_call = 0, self._pace[1] if self._pace[0] == batch_size else 1
 
@@ -255,6 +257,7 @@ class FusedTrainer:
                     on_step(done, loss)
 
         while done < len(rates):
+            queued = self._steps.are_queued(images)
             stop = len(rates) if queued else min(len(rates), done + steps_a_call)
             data = images, labels, order[done * batch_size : stop * batch_size], batch_size, rates[done:stop]
             started = time.perf_counter()
@@ -319,7 +322,7 @@ class FusedTrainer:
             )
         if labels.is_cuda:  # on the CPU the native step looks at them
             low, high = torch.stack(labels.aminmax()).tolist()
-            classes = self._steps.operands.numbers(self._steps.image_shape(images))[4]
+            classes = self._steps.num_classes(images)
             if low < 0 or high >= classes:
                 raise ValueError(f"labels: expected 0 to {classes - 1}, got {low} to {high}")
         return images.contiguous(), labels.to(torch.int64).contiguous()

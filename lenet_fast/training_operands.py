@@ -18,6 +18,7 @@ from .snapshot import Snapshot, holds
 
 __all__ = ["TrainingOperands"]
 
+_QUEUES = {"cuda"}  # device types
 _REFUSED = "cannot be trained by the CUDA kernels"  # csrc/bind_training_cuda.cpp
 
 
@@ -35,6 +36,7 @@ class TrainingOperands:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.version = 0  # of all tensors and of the network
+        self._said: set[str] = set()
         _refuse_hooks_on_all_modules()
         self._read()
 
@@ -52,17 +54,23 @@ class TrainingOperands:
             self._numbers[image] = self.network.numbers(image)
         return self._numbers[image]
 
-    def refusal(self, image: tuple[int, int, int]) -> str | None:
-        """Why the kernel that takes a whole run in one launch cannot train this on images (C, H, W); None: it can.
+    @property
+    def device_queues(self) -> bool:
+        """Whether native steps are only queued when a call returns, in one launch, if it does not refuse them."""
+        return self.parameter.device.type in _QUEUES
 
-        Only where there is such a kernel, on CUDA. Says it once, as a warning.
+    def refusal(self, image: tuple[int, int, int]) -> str | None:
+        """Why there are no native steps on images (C, H, W); None: there are. A reason is said once, as a warning.
 
         Raises:
             NetworkError: as `numbers`.
         """
+        if not self.device_queues:
+            return None
         if image not in self._refusals:
             reason = self._refusals[image] = self._try_on_nothing(image)
-            if reason is not None:
+            if reason is not None and reason not in self._said:
+                self._said.add(reason)
                 warnings.warn(
                     f"lenet_fast: no training in one launch: {reason}. The steps are CUDA graphs of the operators, "
                     "autograd and torch.optim.",
@@ -73,13 +81,14 @@ class TrainingOperands:
 
     def _try_on_nothing(self, image: tuple[int, int, int]) -> str | None:
         """What the native steps say of the network when they are given no images."""
+        numbers = self.numbers(image)
         if (missing := backends.why_unavailable("native", self.parameter.device.type)) is not None:
             return missing
         images = self.parameter.new_empty((0, *image))
         data = images, images.new_empty(0, dtype=torch.int64), None, 1, 0.0, 0.0, "sgd", [0.0] * 6, [], 0.0
         frozen = [0] * len(self.parameters)
         try:
-            torch.ops.lenet_fast.network_train(self.numbers(image), self.tensors, [], [], [], frozen, *data)
+            torch.ops.lenet_fast.network_train(numbers, self.tensors, [], [], [], frozen, *data)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             if _REFUSED not in reason:

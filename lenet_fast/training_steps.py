@@ -7,14 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd_step import AutogradStep, Update
+from .autograd_step import AutogradStep
 from .graphed_steps import GraphedSteps
 from .lenet import InputSpec
 from .training_operands import TrainingOperands
 
 __all__ = ["TrainingSteps"]
-
-_QUEUES = {"cuda"}  # device types on which a native call returns when its steps are queued
 
 
 class TrainingSteps:
@@ -66,16 +64,16 @@ class TrainingSteps:
             return 1, self.input_spec.size, self.input_spec.size
         return tuple(images.shape[1:])
 
-    def refusal(self, image: tuple[int, int, int]) -> str | None:
-        """Why the steps on images (C, H, W) are not native ones but graphs, said as a warning, too; None: they are."""
-        return self.operands.refusal(image) if self.operands.parameter.device.type in _QUEUES else None
+    def num_classes(self, images: Tensor) -> int:
+        """Of which these are images."""
+        return self.operands.numbers(self.image_shape(images))[4]
 
     def are_queued(self, images: Tensor) -> bool:
         """Whether a call returns when its steps are queued, in one launch, and not when they are done."""
-        if images.device.type not in _QUEUES:
+        if not self.operands.device_queues:
             return False
         self._refresh()
-        return self.refusal(self.image_shape(images)) is None
+        return self.operands.refusal(self.image_shape(images)) is None
 
     def take(
         self,
@@ -100,7 +98,9 @@ class TrainingSteps:
         settings = self._refresh()
         operands, spec, image = self.operands, self.input_spec, self.image_shape(images)
         torch.autograd.graph.increment_version(operands.trained)
-        if self.refusal(image) is not None:
+        if operands.refusal(image) is not None:
+            if watch is not None:
+                raise RuntimeError("the model was changed while its steps were queued")
             return self._graphs(settings)(images, labels, order, batch_size, rates)
         scale, background = (0.0, 0.0) if spec is None else ((spec.foreground - spec.background) / 255, spec.background)
         return torch.ops.lenet_fast.network_train(
@@ -136,14 +136,15 @@ class TrainingSteps:
         return list(map(float, settings))
 
     def _graphs(self, settings: list[float]) -> GraphedSteps:
-        """Of the operands and settings as they are."""
+        """Of the operands and settings as they are: a graph has their addresses and values."""
         operands = self.operands
-        of = operands.version, settings
+        state = operands.first_moments, operands.second_moments, operands.step_counts
+        addresses = [tensor.data_ptr() for tensor in itertools.chain(operands.tensors, *state)]
+        of = operands.version, addresses, settings, torch.get_float32_matmul_precision()
         if self._graphed is None or self._graphed[0] != of:
-            state = operands.first_moments, operands.second_moments, operands.step_counts
-            of_trained = (list(itertools.compress(tensors, operands.trains)) for tensors in state)
-            update = Update(self._kind, settings, operands.trained, *of_trained)
-            step = AutogradStep(operands.network, self._prepare, update, self._j)
+            of_trained = [list(itertools.compress(tensors, operands.trains)) for tensors in state]
+            group = dict(self.group())
+            step = AutogradStep.of(operands.network, self._prepare, self._j, self._kind, group, of_trained)
             self._graphed = of, GraphedSteps(step, operands.parameter.device)
         return self._graphed[1]
 

@@ -73,6 +73,7 @@ class CUDAGraph:
         self.calls = []
 
     @torch.no_grad()  # kernels, no autograd: a backward is among the operators
+    @torch.autocast("cpu", enabled=False)
     def replay(self):
         for operator, args, kwargs, results in self.calls:
             for old, new in zip(tensors(results), tensors(operator(*args, **kwargs)), strict=True):
@@ -81,16 +82,21 @@ class CUDAGraph:
 
 
 class Capture(TorchDispatchMode):
-    """Records every operator; what it made becomes NaN in the end, for a capture computes nothing."""
+    """Records every operator. A capture computes nothing: in the end what was made is NaN, what was given as before."""
 
     def __init__(self, graph, **_):
         super().__init__()
         self.graph = graph
         self.made = []
+        self.before = {}  # address -> a tensor given to an operator that writes, and its values
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         if operator is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError("the host reads a value while a graph is captured")
+        if operator._schema.is_mutable:
+            for tensor in tensors((args, kwargs)):
+                if tensor.numel() and tensor.data_ptr() not in self.before:
+                    self.before[tensor.data_ptr()] = tensor.detach(), tensor.detach().clone()
         results = operator(*args, **(kwargs or {}))
         self.graph.calls.append((operator, args, kwargs or {}, results))
         given = {tensor.untyped_storage().data_ptr() for tensor in tensors((args, kwargs))}
@@ -99,6 +105,8 @@ class Capture(TorchDispatchMode):
 
     def __exit__(self, *exception):
         super().__exit__(*exception)
+        for tensor, values in self.before.values():
+            tensor.copy_(values)
         for tensor in self.made:
             if tensor.is_floating_point():
                 tensor.detach().fill_(torch.nan)

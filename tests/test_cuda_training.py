@@ -447,6 +447,34 @@ def test_a_wide_network_as_the_cpu_and_repeatedly():
 
 
 @in_graphs
+def test_graphs_beside_what_autograd_still_knows():
+    """Of a loss that is alive, nodes of the parameters are, on another stream than that of a capture."""
+    model, twin = wide("cuda", torch.float64), wide("cpu", torch.float64)
+    images, labels = digits(8)
+    for network in (model, twin):
+        device = next(network.parameters()).device
+        data = images.to(device), labels.to(device)
+        loss = F.cross_entropy(network(network.input_spec.prepare(data[0], torch.float64)), data[1])
+        loss.backward()
+        FusedTrainer(network, lr=0.1).step(*data)
+        assert loss.isfinite()
+    assert difference(model.parameters(), twin.parameters()) < 1e-6
+
+
+@in_graphs
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="one CUDA device")
+@pytest.mark.parametrize(("current", "other"), [(0, 1), (1, 0)])
+def test_graphs_on_a_device_that_is_not_current(current, other):
+    expected = wide(f"cuda:{current}")
+    run(expected, SETTINGS[4], digits(50, f"cuda:{current}"))
+    with torch.cuda.device(current):
+        model = wide(f"cuda:{other}")
+        run(model, SETTINGS[4], digits(50, f"cuda:{other}"))
+    for one, same in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(one.cpu(), same.cpu(), rtol=1e-4, atol=1e-6)
+
+
+@in_graphs
 @pytest.mark.parametrize(("stop", "error"), [(interrupt, KeyboardInterrupt), (enough, Enough)])
 def test_an_interruption_of_graphs_leaves_whole_steps(stop, error):
     images, labels = digits(64)

@@ -5,6 +5,7 @@ import math
 import pickle
 import re
 import warnings
+from contextlib import contextmanager, nullcontext
 
 import pretend_cuda
 import pytest
@@ -12,7 +13,7 @@ import torch
 from test_trainer import bytes_like, images_like
 from torch import nn
 
-from lenet_fast import backends, env, graphed_steps, models, training_steps
+from lenet_fast import autograd_step, backends, env, graphed_steps, models, training_operands
 from lenet_fast.nn import ConvActPool2d, SparseConvActPool2d
 from lenet_fast.trainer import FusedTrainer, TrainingError
 from lenet_fast.training_operands import TrainingOperands
@@ -34,7 +35,7 @@ def graphed(monkeypatch):
     """Trainers made after it was called take the CPU for a GPU whose kernels refuse every network."""
 
     def begin():
-        monkeypatch.setattr(training_steps, "_QUEUES", {"cpu"})
+        monkeypatch.setattr(training_operands, "_QUEUES", {"cpu"})
         monkeypatch.setattr(TrainingOperands, "_try_on_nothing", lambda self, image: REASON)
         for name, value in pretend_cuda.GRAPHS.items():
             monkeypatch.setattr(torch.cuda, name, value)
@@ -189,9 +190,12 @@ def test_a_call_has_an_end(graphed, monkeypatch):
     graphed()
     monkeypatch.setattr(graphed_steps, "_MOST_STEPS", 4)
     monkeypatch.setattr("lenet_fast.trainer._CALL_SECONDS", 1e9)
-    losses, _ = FusedTrainer(model, lr=2**-6).run_epoch(*data, order, 3)
+    trainer = FusedTrainer(model, lr=2**-6)
+    losses, _ = trainer.run_epoch(*data, order, 3)
     torch.testing.assert_close(losses, expected, rtol=1e-10, atol=0)
     assert_equal_parameters(model, twin)
+    trainer.run_epoch(*data, order[:8], 2)
+    trainer.run_epoch(*data, order[:4], 4)  # its capture counts from 0, too
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -264,11 +268,11 @@ def test_only_so_many_graphs_are_kept(graphed, captures, monkeypatch):
     images, labels = bytes_like(5)
     graphed()
     trainer = FusedTrainer(build(), lr=2**-6)
-    for size in (1, 2, 1, 3, 2, 1):
+    for size in (1, 2, 1, 3, 1, 2):
         trainer.step(images[:size], labels[:size])
-    assert captures == [1, 2, 3, 1]
+    assert captures == [1, 2, 3, 2]  # without the one that was used longest ago
     trainer.run(images, labels, batch_size=3)
-    assert captures == [1, 2, 3, 1, 2]
+    assert captures == [1, 2, 3, 2, 3]
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda trainer: pickle.loads(pickle.dumps(trainer))])
@@ -285,17 +289,137 @@ def test_a_copy_has_its_own(graphed, copied):
     assert_equal_parameters(trainer.model, other.model)
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu")])
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        torch.no_grad,
+        torch.inference_mode,
+        lambda: torch.autocast("cpu"),
+        lambda: torch.autograd.set_detect_anomaly(True),
+        lambda: default_dtype(torch.float64),
+    ],
+    ids=["no_grad", "inference_mode", "autocast", "anomaly", "default_dtype"],
+)
 def test_what_surrounds_it_does_not_matter(graphed, context):
+    images, labels = images_like(8, (1, 28, 28), torch.float32)
+    graphed()
+    models = build(dtype=torch.float32), build(dtype=torch.float32)
+    for model, surroundings in zip(models, (nullcontext, context), strict=True):
+        generator = torch.Generator().manual_seed(3)
+        with surroundings():
+            FusedTrainer(model, **SETTINGS[1]).run(images, labels, batch_size=8, epochs=2, generator=generator)
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_images_of_every_kind_have_graphs_of_their_own(graphed, captures):
+    pixels, labels = bytes_like(8)
+    images, _ = images_like(8, (1, 28, 28))
+    model, twin = build(), build()
+    trainers = [FusedTrainer(twin, lr=2**-6)]
+    losses = []
+    for _ in range(2):
+        trainer = trainers[-1]
+        batches = pixels, images, pixels, images.clone().requires_grad_()
+        losses.append([trainer.step(batch, labels) for batch in batches])
+        graphed()
+        trainers.append(FusedTrainer(model, lr=2**-6))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-10)
+    assert_equal_parameters(model, twin)
+    assert captures == [8, 8]
+
+
+def test_the_constant_of_the_map_loss(graphed):
     data = bytes_like(8)
-    expected = train(build(), SETTINGS[1], data)
+    losses = [FusedTrainer(build("lenet5-1998"), lr=2**-14, j=j).step(*data) for j in (0.0, 50.0)]
+    graphed()
+    ours = [FusedTrainer(build("lenet5-1998"), lr=2**-14, j=j).step(*data) for j in (0.0, 50.0)]
+    assert ours == pytest.approx(losses, rel=1e-10)
+    assert losses[0] != losses[1]
+
+
+def test_the_state_of_a_plain_optimizer(graphed):
+    """Saved by one that was not fused: what goes on is, and its state where the model is."""
+    data = bytes_like(8)
+    model, twin = build(), build()
+    plain = torch.optim.Adam(twin.parameters(), lr=2**-9, foreach=True)
+    images = twin.input_spec.prepare(data[0], torch.float64)
+    for step in range(3):
+        if step == 2:
+            graphed()
+            trainer = FusedTrainer(model, "adam", lr=2**-9)
+            model.load_state_dict(twin.state_dict())
+            trainer.load_state_dict(copy.deepcopy(plain.state_dict()))
+        plain.zero_grad()
+        nn.functional.cross_entropy(twin(images), data[1]).backward()
+        plain.step()
+    trainer.step(*data)
+    assert_equal_parameters(model, twin)
+    assert trainer.optimizer.param_groups[0]["fused"]
+    assert not trainer.optimizer.param_groups[0]["foreach"]
+
+
+def test_addresses_are_part_of_a_graph(graphed, captures):
+    data = bytes_like(8)
+    graphed()
+    model = build("lenet5-1998")
+    trainer = FusedTrainer(model, "adam", lr=2**-14)
+    trainer.step(*data)
+    trainer.step(*data)
+    assert captures == [8]
+    moment = next(iter(trainer.optimizer.state.values()))["exp_avg"]
+    for number, tensor in enumerate((next(model.parameters()), model.output.codes, moment), 2):
+        tensor.data = tensor.data.clone()
+        trainer.step(*data)
+        assert captures == [8] * number
+    torch.set_float32_matmul_precision("high")
+    trainer.step(*data)
+    torch.set_float32_matmul_precision("highest")
+    assert captures == [8] * 5
+
+
+def test_autograd_knows_nothing_of_the_parameters(graphed):
+    """What it has of them elsewhere, on another stream, would be waited for in a capture."""
     graphed()
     model = build()
-    trainer = FusedTrainer(model, **SETTINGS[1])
-    generator = torch.Generator().manual_seed(3)
-    with context():
-        history = trainer.run(*data, batch_size=8, epochs=2, generator=generator)
-    assert_equal_training((history, model, trainer), expected)
+    trainer = FusedTrainer(model, lr=2**-6)
+    trainer.step(*bytes_like(4))
+    leaves = trainer._steps._graphed[1]._step.update.parameters
+    for leaf, parameter in zip(leaves, model.parameters(), strict=True):
+        assert leaf is not parameter
+        assert leaf.data_ptr() == parameter.data_ptr()
+        assert leaf.is_leaf
+        assert leaf.grad is parameter.grad is None
+
+
+def test_an_error_before_the_capture_changes_nothing(graphed, monkeypatch):
+    """Not even the numbers of steps, which the optimizer raises before its update."""
+    graphed()
+    model = build()
+    trainer = FusedTrainer(model, "adam", lr=2**-9)
+    call, calls = autograd_step.Update.__call__, []
+
+    def fail(self, *arguments):
+        call(self, *arguments)
+        calls.append(self)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(autograd_step.Update, "__call__", fail)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.step(*bytes_like(4))
+    assert_equal_parameters(model, build())
+    assert {float(state["step"]) for state in trainer.optimizer.state.values()} == {0.0}
+    trainer.step(*bytes_like(4))
+    assert {float(state["step"]) for state in trainer.optimizer.state.values()} == {1.0}
 
 
 def test_it_is_said_once(graphed):
@@ -303,7 +427,9 @@ def test_it_is_said_once(graphed):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         trainer = FusedTrainer(build(), lr=2**-6)
-        trainer.run(*bytes_like(8), batch_size=2, epochs=2)
+        for trained in (False, True):
+            next(trainer.model.parameters()).requires_grad_(trained)
+            trainer.run(*bytes_like(8), batch_size=2, epochs=2)
     (warning,) = said
     assert str(warning.message) == (
         f"lenet_fast: no training in one launch: {REASON}. The steps are CUDA graphs of the operators, autograd and "

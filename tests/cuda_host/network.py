@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lenet_fast import models, training_steps, watch
+from lenet_fast import models, training_operands, watch
 from lenet_fast.nn import ConvActPool2d, SparseConvActPool2d
 from lenet_fast.trainer import FusedTrainer, TrainingError
 
@@ -277,7 +277,7 @@ def device(monkeypatch):
     """For which the trainer takes the CPU, as it would a GPU."""
     device = Device()
     monkeypatch.setattr(watch, "_LAUNCH_SECONDS", 1000.0)  # the shim is slow
-    monkeypatch.setattr(training_steps, "_QUEUES", {"cpu"})
+    monkeypatch.setattr(training_operands, "_QUEUES", {"cpu"})
     monkeypatch.setattr(watch, "_pinned", lambda size: torch.empty(size, dtype=torch.float64))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: device)
     monkeypatch.setattr(torch.ops.lenet_fast, "network_train", device.call)
@@ -313,7 +313,7 @@ def test_a_watched_run_is_the_run(monkeypatch, device):
     (losses, correct), model, _ = run(on_step=lambda step, loss: seen.append((step, loss)))
     assert device.calls == 1
     assert seen == list(enumerate(losses.tolist(), 1))
-    monkeypatch.setattr(training_steps, "_QUEUES", set())
+    monkeypatch.setattr(training_operands, "_QUEUES", set())
     monkeypatch.setattr(torch.ops.lenet_fast, "network_train", HOST)
     (expected, expected_correct), twin, _ = run()
     assert torch.equal(losses, expected)
@@ -444,7 +444,7 @@ def test_what_the_kernels_refuse_takes_its_steps_in_graphs(monkeypatch, device, 
         trained = FusedTrainer(model, lr=2**-6, input_spec=spec)
     losses, _ = trained.run_epoch(*digits(7, side), torch.arange(7), 3)
     monkeypatch.setattr(torch.ops.lenet_fast, "network_train", CPU)
-    monkeypatch.setattr(training_steps, "_QUEUES", set())
+    monkeypatch.setattr(training_operands, "_QUEUES", set())
     expected, _ = FusedTrainer(twin, lr=2**-6, input_spec=spec).run_epoch(*digits(7, side), torch.arange(7), 3)
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):

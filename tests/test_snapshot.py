@@ -1,0 +1,57 @@
+"""What tells whether a model is as it was, compiled or not."""
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from lenet_fast import models, snapshot
+
+
+@pytest.fixture(params=["compiled", "python"])
+def module(request, monkeypatch):
+    if request.param == "python":
+        monkeypatch.setitem(sys.modules, "lenet_fast._snapshot", None)
+    elif importlib.util.find_spec("lenet_fast._snapshot") is None:
+        pytest.skip("lenet_fast._snapshot was not built")
+    spec = importlib.util.spec_from_file_location("lenet_fast.snapshot_again", snapshot.__file__)
+    again = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+    assert hasattr(again.holds, "__code__") == (request.param == "python")
+    return again
+
+
+CHANGES = {
+    "a parameter": lambda model: setattr(model.c1, "weight", nn.Parameter(model.c1.weight.detach().clone())),
+    "a buffer": lambda model: model.output.register_buffer("codes", model.output.codes.clone()),
+    "a layer": lambda model: setattr(model, "f6", nn.Linear(120, 84)),
+    "one more layer": lambda model: model.add_module("last", nn.Identity()),
+    "one layer less": lambda model: delattr(model, "output"),
+    "an option": lambda model: setattr(model.c1, "padding", 1),
+    "an option's type": lambda model: setattr(model.c1, "padding", False),
+    "a hook": lambda model: model.c1.register_forward_hook(lambda *_: None),
+    "a class": lambda model: setattr(model.c1, "__class__", type("Other", (type(model.c1),), {})),
+    "a forward of its own": lambda model: setattr(model.c1, "forward", lambda x: x),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_seen(module, change):
+    model = models.lenet5_1998()
+    taken = module.Snapshot(model)
+    assert taken.holds()
+    CHANGES[change](model)
+    assert not taken.holds()
+    assert module.Snapshot(model).holds()
+
+
+def test_values_and_mode_are_no_part_of_it(module):
+    model = models.lenet5_1998()
+    taken = module.Snapshot(model)
+    with torch.no_grad():
+        model.c1.weight.zero_()
+    model.eval()
+    model.c1.padding = int("0")  # equal
+    assert taken.holds()
