@@ -4,6 +4,7 @@ Every test that takes a case runs on dense, sparse and subsampling convolutions 
 """
 
 import os
+import random
 from dataclasses import dataclass, replace
 
 import pytest
@@ -114,6 +115,32 @@ def random_table(out_channels, in_channels, seed=0) -> Connections:
     return Connections.of(table)
 
 
+def random_cases(number, seed) -> list[Case]:
+    """Of any shape, small ones."""
+    draw = random.Random(seed)
+    cases = []
+    while len(cases) < number:
+        kernel_size = draw.randint(1, 8)
+        case = Case(
+            batch=draw.choice([1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33]),
+            in_channels=draw.randint(1, 7),
+            height=draw.randint(1, 24),
+            width=draw.randint(1, 24),
+            out_channels=draw.randint(2, 9),
+            kernel_size=kernel_size,
+            padding=draw.randint(0, kernel_size + 1),
+            bias=draw.random() < 0.8,
+            subsample=draw.random() < 0.2,
+        )
+        if draw.random() < 0.4:
+            case = replace(case, table=random_table(case.out_channels, case.in_channels, draw.randrange(2**31)))
+        if draw.random() < 0.5:
+            case = replace(case, width=case.height)
+        if min(case.height, case.width) + 2 * case.padding > kernel_size:
+            cases.append(case)
+    return cases
+
+
 LENET_C1 = Case(20, 1, 28, 28, 6, 5, 2)
 LENET_C3 = Case(18, 6, 14, 14, 16, 5)
 K7 = Case(17, 1, 12, 15, 2, 7, 3, bias=False)
@@ -150,5 +177,7 @@ if not INTERPRETED:
     # Winograd on the CPU: several tiles, neighbouring maps with different connections, an odd number of maps.
     RAGGED = Connections(3, 6, (0, 1, 2, 3, 4, 5, 8, 12, 13, 14, 15, 16, 17))
     CASES += [Case(17, 4, 11, 29, 5, 5, 2), Case(19, 6, 9, 8, 3, 5, table=RAGGED)]
+    # A padded band of rows happens to be as large as the image.
+    CASES += [Case(1, 2, 12, 12, 3, 7, 3), Case(4, 2, 12, 12, 4, 4, 2)]
 SMALL = Case(2, 2, 7, 6, 3, 3, 1)
 SMALL_CASES = [SMALL, replace(SMALL, table=random_table(3, 2)), replace(SMALL, subsample=True)]

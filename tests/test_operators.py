@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from operators import (
     ACTIVATIONS,
     CASES,
+    INTERPRETED,
     K7,
     K11,
     LENET_1998_C3,
@@ -19,6 +20,7 @@ from operators import (
     SPARSE_C3,
     Case,
     implementations,
+    random_cases,
 )
 
 from lenet_fast import functional
@@ -66,6 +68,26 @@ def test_float64(case, activation, pool, implementation):
     assert error(output.cpu(), expected) < 1e-13
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         assert error(grad.cpu(), expected_grad) < 1e-12
+
+
+@implementation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("seed", range(2 if INTERPRETED else 10))
+def test_random_shapes(seed, dtype, implementation):
+    """Where tiles, bands and vectors end anywhere."""
+    device, backend = implementation
+    bound = 1e-12 if dtype == torch.float64 else 1e-4
+    for number, case in enumerate(random_cases(2 if INTERPRETED else 50, seed)):
+        activation, pool = ("tanh", "sigmoid", "identity")[number % 3], case.pools[number % len(case.pools)]
+        if dtype == torch.float64:
+            activation = ACTIVATIONS[number % len(ACTIVATIONS)]
+        elif pool == "max":
+            pool = "avg"  # in float32 rounding decides between near-equal maxima, as at the kink of a ReLU
+        expected, expected_grads = case.gradients(case.tensors(), activation, pool, "reference")
+        output, grads = case.gradients(case.tensors(dtype, device), activation, pool, backend)
+        assert error(output.cpu(), expected) < bound, (case, activation, pool)
+        for grad, expected_grad in zip(grads, expected_grads, strict=True):
+            assert error(grad.cpu(), expected_grad) < bound, (case, activation, pool)
 
 
 @implementation

@@ -67,7 +67,7 @@ void load_input(const ConvLayer<T>& layer, const ConvGeometry& image, const Band
   const int64_t image_size = image.in_channels * image.height * image.width;
   const T* const images_end = images + image.batch * image_size;
   const Lanes<const T> lanes = block_lanes(bands, first, end, images, image_size, bands.conv_rows() * image.width);
-  if (layer.layout.input_plane == image.height * image.width) {
+  if (bands.per_image == 1 && layer.layout.input_plane == image.height * image.width) {  // the image as it lies
     return load_run<T>(input, lanes, 0, image_size, images_end);
   }
   const Planes<Vec<T>> target = layer.inner(input);
