@@ -49,14 +49,17 @@ class TrainingRun {
   TrainingRun(Training<T>& training, const Tensor& like)
       : t_(training), g_(training.network.geometry), kernel_(kernels().network<T>()) {
     const int64_t largest = std::min(t_.total, t_.batch_size), last = t_.total % t_.batch_size;
-    const int64_t few = is_few(largest) ? largest : is_few(last) ? last : 0;
+    size_t few_bytes = 0;  // fewer images may need more: they are cut into more bands
+    for (const int64_t images : {largest, last}) {
+      few_bytes = is_few(images) ? std::max(few_bytes, kernel_.few_training_bytes(g_, images)) : few_bytes;
+    }
     const int64_t chunk = is_few(largest) ? 0 : std::min(largest, kChunk);
     const int64_t blocks = blocks_of(chunk), padded = blocks * kernel_.lanes;
     threads_ = std::max<int64_t>(1, std::min<int64_t>(blocks, torch::stable::get_num_threads()));
     thread_stride_ = static_cast<int64_t>((kernel_.thread_bytes(g_, true) + 63) / 64 * 64);
     Arena arena;
     const size_t thread_memory = arena.take(chunk > 0 ? threads_ * thread_stride_ : 0);
-    const size_t few_memory = arena.take(few > 0 ? static_cast<int64_t>(kernel_.few_training_bytes(g_, few)) : 0);
+    const size_t few_memory = arena.take(static_cast<int64_t>(few_bytes));
     const size_t losses = arena.take(threads_ * int64_t{sizeof(double)});
     const size_t correct = arena.take(threads_ * int64_t{sizeof(int64_t)});
     std::vector<size_t> grads;

@@ -180,12 +180,8 @@ class FusedTrainer:
         pinned = images.is_cuda and drawn_on.type == "cpu"
         for epoch in range(epochs):
             order = torch.randperm(len(labels), generator=generator, device=drawn_on, pin_memory=pinned)
-
-            def report(step: int, loss: float, before: int = epoch * steps) -> None:
-                on_step(before + step, loss)
-
             rates = [self._steps.group()["lr"]] * steps
-            results = self._run(images, labels, order, batch_size, rates, None if on_step is None else report)
+            results = self._run(images, labels, order, batch_size, rates, on_step, epoch * steps)
             losses.append(results[0])
             correct.append(results[1])
         return History(torch.stack(losses), torch.stack(correct), len(labels))
@@ -241,8 +237,9 @@ class FusedTrainer:
         batch_size: int,
         rates: list[float],
         on_step: OnStep | None,
+        before: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """`run_epoch` on checked arguments."""
+        """`run_epoch` on checked arguments; `before` steps were taken in other epochs."""
         order = order.to(images.device, non_blocking=True)
         losses, correct = [], []
         done, steps_a_call = 0, self._pace[1] if self._pace[0] == batch_size else 1
@@ -252,9 +249,9 @@ class FusedTrainer:
             for loss in new:
                 done += 1
                 if not math.isfinite(loss):
-                    raise TrainingError(_not_finite(done))
+                    raise TrainingError(_not_finite(before + done))
                 if on_step is not None:
-                    on_step(done, loss)
+                    on_step(before + done, loss)
 
         while done < len(rates):
             queued = self._steps.are_queued(images)

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 import pretend_cuda
 import pytest
 import torch
+from random_networks import random_data, random_network
 from test_trainer import bytes_like, images_like
 from torch import nn
 
@@ -133,6 +134,23 @@ def test_other_networks_on_float_images(graphed, name):
     expected = train(model, SETTINGS[1], data, batch_size=4)
     graphed()
     assert_equal_training(train(model, SETTINGS[1], data, batch_size=4), expected)
+
+
+def test_networks_of_any_shape(graphed):
+    networks = [random_network(seed) for seed in range(60)]
+    data = [random_data(seed, image) for seed, (_, image) in enumerate(networks)]
+    settings = [SETTINGS[seed % len(SETTINGS)] | {"lr": 2**-13} for seed in range(60)]
+
+    def train_all():
+        return [
+            train(network, setting, each[:2], batch_size=each[2])
+            for (network, _), each, setting in zip(networks, data, settings, strict=True)
+        ]
+
+    expected = train_all()
+    graphed()
+    for (history, *_), (right, *_) in zip(train_all(), expected, strict=True):
+        torch.testing.assert_close(history.losses, right.losses, rtol=1e-8, atol=1e-10)
 
 
 def test_frozen_parameters_stay(graphed):

@@ -22,12 +22,10 @@ def run_python(*arguments, cwd=TESTS.parent, **environment):
 
 
 @pytest.mark.parametrize("isa", build_info.supported_isas()[1:])
-def test_operators_on_every_instruction_set(isa):
+def test_operators_and_training_on_every_instruction_set(isa):
     """The default variant is what all other tests run."""
-    tests = ["test_operators.py"]
-    done = run_python(
-        *("-m", "pytest", "-x", "-k", "cpu-native", *(str(TESTS / test) for test in tests)), LENET_FAST_CPU_ISA=isa
-    )
+    tests = [str(TESTS / test) for test in ("test_operators.py", "test_random_networks.py")]
+    done = run_python("-m", "pytest", "-x", "-k", "cpu-native or test_a_run", *tests, LENET_FAST_CPU_ISA=isa)
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout
 

@@ -425,6 +425,18 @@ def test_a_run_that_diverges_stops_there():
     assert all(math.isfinite(loss) for loss in losses)
 
 
+def test_a_later_epoch_that_diverges_counts_all_steps():
+    images, labels = images_like(6, (1, 32, 32))
+    trainer = FusedTrainer(build("lenet5"), lr=1e-3)
+
+    def spoil(step, loss):
+        if step == 3:  # the first epoch's last
+            images.fill_(math.nan)
+
+    with pytest.raises(TrainingError, match="not finite in step 4"):
+        trainer.run(images, labels, batch_size=2, epochs=2, on_step=spoil)
+
+
 def test_the_pace_of_one_epoch_is_that_of_the_next(monkeypatch):
     """Steps a native call: one at first, then ever more; another batch size starts afresh."""
     calls = []
