@@ -151,6 +151,7 @@ def test_conversions_round_as_pytorch_does(samples):
 
 # What each process runs: the shim's check, and pytest's arguments. Two at a time, the longest first.
 OPERATOR_TESTS = "cpu-native and (nan_and or whole_range or expanded or wanted or unbatched) or infinite_pixels"
+OPERATOR_TESTS += " or random_shapes and 0-torch.float32-cpu-native"
 PROCESSES = {
     "memory": ("memory", ["tests/cuda_host/kernels.py", "-k", "not skipped"]),
     "races": ("races", ["tests/cuda_host/kernels.py", "-k", "float32 or shorter or many_images or skipped"]),

@@ -7,6 +7,7 @@ import threading
 import pretend_cuda
 import pytest
 import torch
+from random_networks import random_data, random_network
 from torch import nn
 
 from lenet_fast import models, training_operands, watch
@@ -127,6 +128,32 @@ SHAPES = {"one-dense": (12, 2), "sparse-odd": (9, 1), "three-convolutions": (14,
 def test_other_networks(monkeypatch, name):
     size, channels = SHAPES[name]
     assert_alike(monkeypatch, OTHERS[name], digits(7, size, channels), SETTINGS[1], batch_size=3, epochs=2)
+
+
+@pytest.mark.parametrize("cooperative", ["1", "0"])
+def test_networks_of_any_shape(monkeypatch, cooperative):
+    """No further from the CPU's float64 than its float32 is, but for a few roundings."""
+    monkeypatch.setenv("CUDA_HOST_COOPERATIVE", cooperative)
+    settings = {"optimizer": "sgd", "lr": 1e-3, "momentum": 0.9}
+    refused = 0
+    for seed in range(20):
+        model, image = random_network(seed)
+        images, labels, batch_size = random_data(seed, image, most=7)
+        single = images.float(), labels
+        exact, twin, _ = train(monkeypatch, CPU, model, (images, labels), settings, batch_size)
+        own, *_ = train(monkeypatch, CPU, copy.deepcopy(model).float(), single, settings, batch_size)
+        try:
+            found, trained, _ = train(monkeypatch, HOST, copy.deepcopy(model).float(), single, settings, batch_size)
+        except RuntimeError as error:
+            if "cannot be trained by the CUDA kernels" not in str(error):
+                raise
+            refused += 1
+            continue
+        bound = 10 * (own.losses - exact.losses).abs().max() + 1e-5 * exact.losses.abs().max()
+        assert (found.losses - exact.losses).abs().max() <= bound, seed
+        for one, other in zip(trained.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=1e-4, msg=f"network {seed}")
+    assert refused <= 2
 
 
 def test_frozen_parameters_stay(monkeypatch):
