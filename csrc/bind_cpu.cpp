@@ -193,6 +193,8 @@ Gradients backward(const Tensor& grad_output, const std::optional<Tensor>& recor
                      !record->is_contiguous())) {
       fail("record: expected the one that forward made of these operands, got shape ", shape(*record));
     }
+    // Hooks on saved tensors may have put it where vectors cannot be loaded: then it is made anew.
+    const bool is_aligned = recorded && reinterpret_cast<uintptr_t>(record->const_data_ptr()) % 64 == 0;
     const auto gradient = [&](bool needed, const std::optional<Tensor>& of) {
       return needed && of.has_value() ? allocate({of->sizes().begin(), of->sizes().end()}, dtype)
                                       : allocate({0}, dtype);
@@ -222,7 +224,7 @@ Gradients backward(const Tensor& grad_output, const std::optional<Tensor>& recor
                        data<T>(b),
                        data<T>(c),
                        data<T>(d),
-                       recorded ? data<T>(record) : nullptr,
+                       is_aligned ? data<T>(record) : nullptr,
                        grad_input,
                        {at(1), at(2), at(3), at(4)}},
                       begin, end, workspace);

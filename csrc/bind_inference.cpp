@@ -60,7 +60,7 @@ class InferenceMemory {
   // What the network's own prepare gave it, if nothing else has used it since.
   template <typename T>
   void* prepared(int64_t id, const NetworkKernels<T>& kernel, const Network<T>& network, const Images<T>& images) {
-    const Key key{id, static_cast<int64_t>(sizeof(T)), images.are_bytes ? images.height : 0, images.width,
+    const Key key{id, static_cast<int64_t>(sizeof(T)), images.are_bytes ? images.height : -1, images.width,
                   images.background};
     if (key != key_) {
       key_ = {};

@@ -66,6 +66,10 @@ inline ConvGeometry check_conv(const Operands& operands, bool dense, int64_t out
   check_vector("bias", bias, out_channels, input);
   check_vector("coefficient", coefficient, out_channels, input);
   check_vector("pool_bias", subsample_bias, out_channels, input);
+  if (coefficient.has_value() != subsample_bias.has_value()) {
+    fail(coefficient.has_value() ? "pool_bias: expected beside coefficient, got None"
+                                 : "coefficient: expected beside pool_bias, got None");
+  }
   if (padding < 0) {
     fail("padding: expected at least 0, got ", padding);
   }

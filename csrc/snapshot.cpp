@@ -11,7 +11,13 @@ int same(PyObject* found, PyObject* expected) {
   }
   const bool is_plain =
       PyLong_Check(expected) || PyFloat_Check(expected) || PyUnicode_Check(expected) || PyTuple_Check(expected);
-  return is_plain && Py_TYPE(found) == Py_TYPE(expected) ? PyObject_RichCompareBool(found, expected, Py_EQ) : 0;
+  if (!is_plain || Py_TYPE(found) != Py_TYPE(expected)) {
+    return 0;
+  }
+  Py_INCREF(found);  // elements of a tuple may have a comparison in Python, which may do anything
+  const int result = PyObject_RichCompareBool(found, expected, Py_EQ);
+  Py_DECREF(found);
+  return result;
 }
 
 // holds(types, lengths, entries): (object, type, ...), (dict, length, ...), (dict, key, value, ...).

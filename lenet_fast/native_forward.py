@@ -1,5 +1,6 @@
 """The forward of a whole model in one native call, while the model stays as it was read."""
 
+import threading
 import weakref
 from typing import Any
 
@@ -69,16 +70,18 @@ class _Reading(Snapshot):
         self._definitions: dict[torch.Size, int | None] = {}
         self._network: Network | None = None
         self._is_ours = True
+        self._lock = threading.Lock()
 
     def define(self, input: Tensor) -> int | None:
         """The native definition for images of this shape; None where there is none, or the layers have to say why."""
-        definition = self._definitions.get(input.shape[1:])
-        if definition is None:
-            definition = self._define(input)
-        if definition is not None:
-            self._definitions[input.shape[1:]] = definition
-            self.last = input.shape, definition
-        return definition
+        with self._lock:
+            definition = self._definitions.get(input.shape[1:])
+            if definition is None:
+                definition = self._define(input)
+            if definition is not None:
+                self._definitions[input.shape[1:]] = definition
+                self.last = input.shape, definition
+            return definition
 
     def _define(self, input: Tensor) -> int | None:
         if self._network is None and self._is_ours:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 import io
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -38,11 +39,19 @@ class _Tracer(fx.Tracer):
         self.inlined: list[str] = []
         self.proxies: list[weakref.ref] = []
         self.context = _context()
+        self.thread = threading.get_ident()
 
     def is_leaf_module(self, layer: nn.Module, name: str) -> bool:
         return original_class(layer).forward is not nn.Sequential.forward or is_observed(layer)
 
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def call_module(self, layer: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        if threading.get_ident() != self.thread:  # fx has every module of the process call this
+            return forward(*args, **kwargs)
         name = self.path_of_module(layer)
         if not self.is_leaf_module(layer, name):
             self.inlined.append(name)
@@ -119,6 +128,9 @@ class Trace:
     inlined: tuple[str, ...]
 
 
+_tracing = threading.RLock()  # what is replaced meanwhile is the whole process's, and is put back in order
+
+
 def trace_forward(module: nn.Module, training: bool) -> Trace:
     """The forward of `module` as it runs in one mode, called with its required arguments.
 
@@ -138,6 +150,7 @@ def trace_forward(module: nn.Module, training: bool) -> Trace:
     tracer = None
     printed = io.StringIO()
     with (
+        _tracing,
         _children_in_mode(module, training),
         torch.set_grad_enabled(training),  # so that a switch in either direction shows
         torch.random.fork_rng(devices=[]),

@@ -240,7 +240,7 @@ class FusedTrainer:
         before: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """`run_epoch` on checked arguments; `before` steps were taken in other epochs."""
-        order = order.to(images.device, non_blocking=True)
+        order = order.to(images.device, non_blocking=True).contiguous()
         losses, correct = [], []
         done, steps_a_call = 0, self._pace[1] if self._pace[0] == batch_size else 1
 

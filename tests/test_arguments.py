@@ -43,6 +43,15 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize(("given", "missing"), [(4, 5), (5, 4)])
+def test_half_a_subsampling_is_refused(given, missing):
+    arguments = [X, W, B, None, None, None, 4, 0, "tanh", "none"]
+    arguments[given - 1] = B
+    name = ("coefficient", "pool_bias")[missing - 4]
+    with pytest.raises(RuntimeError, match=f"{name}: expected beside"):
+        torch.ops.lenet_fast._conv_recording(*arguments)
+
+
 @pytest.mark.parametrize(("changes", "exception", "message"), BAD.values(), ids=BAD)
 def test_functional_refuses(changes, exception, message):
     arguments = {"input": X, "weight": W, "bias": B} | changes

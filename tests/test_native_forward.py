@@ -15,6 +15,8 @@ from torch import nn
 
 import lenet_fast as lf
 from lenet_fast import _build_info, models, native_forward
+from lenet_fast.network import Network
+from lenet_fast.tracing import trace_forward
 
 
 @pytest.fixture
@@ -386,6 +388,50 @@ def test_first_calls_of_several_threads_at_once():
         assert len(found) == 4
         for output in found:
             torch.testing.assert_close(output.clone(), expected, rtol=0, atol=1e-5)
+
+
+entered, may_go_on = threading.Event(), threading.Event()
+
+
+class Waiting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dense = nn.Linear(2, 2)
+
+    def forward(self, input):
+        entered.set()
+        may_go_on.wait(20)
+        return self.dense(input)
+
+
+def test_modules_of_other_threads_run_while_one_is_traced():
+    """For which fx replaces the call of every module in the process."""
+    traces = []
+    thread = threading.Thread(target=lambda: traces.append(trace_forward(Waiting(), True)))
+    thread.start()
+    assert entered.wait(20)
+    try:
+        model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+        assert model(torch.zeros(1, 3)).shape == (1, 4)
+    finally:
+        may_go_on.set()
+        thread.join()
+    assert [node.op for node in traces[0].graph.nodes] == ["placeholder", "call_module", "output"]
+
+
+def test_bytes_without_rows_leave_nothing_for_floats():
+    """Memory that was prepared for one is not for the other."""
+    model = build("lenet1", torch.float32)
+    images = images_for(model, 32, torch.float32)
+    with torch.no_grad():
+        expected = nn.Sequential.forward(model, images)
+    network = Network.of(model)
+    tensors = [tensor.detach() for tensor in network.tensors()]
+    definition = torch.ops.lenet_fast.network_define(network.numbers(tuple(images.shape[1:])))
+    infer = torch.ops.lenet_fast.network_infer
+    infer(definition, tensors, torch.zeros(32, 0, images.shape[-1], dtype=torch.uint8), 1.0, 0.0)
+    torch.testing.assert_close(infer(definition, tensors, images, 0.0, 0.0), expected, rtol=0, atol=1e-5)
+    torch.ops.lenet_fast.network_release(definition)
 
 
 @pytest.mark.parametrize("isa", _build_info.supported_isas())

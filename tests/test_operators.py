@@ -324,3 +324,22 @@ def test_infinite_pixels_reach_only_the_weights_that_see_them():
         expected = case.gradients((input, weight, bias), activation, "none", "reference")
         output = case.gradients((input, weight, bias), activation, "none", "native")
         torch.testing.assert_close(output, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_what_is_saved_for_backward_may_come_back_from_anywhere(pool, offset):
+    """By hooks on saved tensors: other memory, aligned for nothing but its values."""
+
+    def moved(tensor):
+        memory = torch.empty(tensor.numel() + offset, dtype=tensor.dtype)[offset:]
+        return memory.copy_(tensor.flatten()).view(tensor.shape)
+
+    case = replace(LENET_C1, batch=33)
+    tensors = case.tensors(torch.float32)
+    expected = case.gradients(tensors, "relu", pool)
+    with torch.autograd.graph.saved_tensors_hooks(moved, lambda tensor: tensor):
+        output, grads = case.gradients(tensors, "relu", pool)
+    assert torch.equal(output, expected[0])
+    for grad, right in zip(grads, expected[1], strict=True):
+        torch.testing.assert_close(grad, right, rtol=1e-5, atol=1e-5)

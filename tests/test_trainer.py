@@ -425,6 +425,15 @@ def test_a_run_that_diverges_stops_there():
     assert all(math.isfinite(loss) for loss in losses)
 
 
+def test_an_order_of_any_stride():
+    images, labels = bytes_like(8)
+    model, twin = build("lenet1"), build("lenet1")
+    order = torch.arange(16) % 8
+    losses, _ = FusedTrainer(model, lr=0.01).run_epoch(images, labels, order[::2], 3)
+    expected, _ = FusedTrainer(twin, lr=0.01).run_epoch(images, labels, order[::2].clone(), 3)
+    assert torch.equal(losses, expected)
+
+
 def test_a_later_epoch_that_diverges_counts_all_steps():
     images, labels = images_like(6, (1, 32, 32))
     trainer = FusedTrainer(build("lenet5"), lr=1e-3)
