@@ -99,8 +99,6 @@ class TrainingSteps:
         operands, spec, image = self.operands, self.input_spec, self.image_shape(images)
         torch.autograd.graph.increment_version(operands.trained)
         if operands.refusal(image) is not None:
-            if watch is not None:
-                raise RuntimeError("the model was changed while its steps were queued")
             return self._graphs(settings)(images, labels, order, batch_size, rates)
         scale, background = (0.0, 0.0) if spec is None else ((spec.foreground - spec.background) / 255, spec.background)
         return torch.ops.lenet_fast.network_train(

@@ -42,6 +42,7 @@ def random_network(seed: int) -> tuple[nn.Sequential, tuple[int, int, int]]:
     network = nn.Sequential(*layers).double()
     for parameter in network.parameters():
         parameter.requires_grad_(draw.random() < 0.9)
+    next(network.parameters()).requires_grad_(True)  # one at least
     return network, image
 
 

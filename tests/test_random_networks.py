@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from random_networks import batches, random_data, random_network
+from test_trainer import plain_optimizer, plain_step
 from torch import nn
 
-from lenet_fast import backends, functional
-from lenet_fast.nn import RBF, FusedConv2d
+from lenet_fast import backends
+from lenet_fast.nn import RBF, FusedConv2d, MAPLoss
 from lenet_fast.trainer import FusedTrainer
 
 pytestmark = pytest.mark.skipif(
@@ -28,22 +28,10 @@ def plain_losses(network, images, labels, batch_size, settings):
     for layer in network.modules():
         if isinstance(layer, FusedConv2d | RBF):
             layer.backend = "reference"
-    options = {name: value for name, value in settings.items() if name != "optimizer"}
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    optimizer = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[settings["optimizer"]](
-        trained or [torch.zeros(1)], **options
-    )
+    loss_function = MAPLoss(j=0.0) if isinstance(network[-1], RBF) else nn.CrossEntropyLoss()
+    optimizer = plain_optimizer(network, settings)
     for batch in batches(len(labels), batch_size, 2, seed=1):
-        outputs = network(images[batch])
-        if isinstance(network[-1], RBF):
-            loss = functional.map_loss(outputs, labels[batch], j=0.0)
-        else:
-            loss = F.cross_entropy(outputs, labels[batch])
-        if trained:
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        yield loss.item()
+        yield plain_step(network, optimizer, images[batch], labels[batch], loss_function)
 
 
 def assert_trained_alike(
