@@ -8,11 +8,13 @@ needed to build. LENET_FAST_WERROR=1 (CI): warnings are errors; elsewhere a newe
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
-from setuptools import setup
+from setuptools import Extension, setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 sys.path.insert(0, str(Path(__file__).parent / "scripts"))
@@ -97,6 +99,18 @@ def cuda_extension() -> CppExtension:
     )
 
 
+def python_extension(name: str, source: str, strings: Mapping[str, str] = MappingProxyType({})) -> Extension:
+    """A module of Python's stable C interface alone; PyTorch's BuildExtension defines Py_LIMITED_API for it."""
+    return Extension(
+        f"lenet_fast.{name}",
+        csrc([source]),
+        define_macros=[(key, f'"{value}"') for key, value in strings.items()],
+        extra_compile_args={"cxx": CXX_FLAGS},
+        language="c++",
+        py_limited_api=True,
+    )
+
+
 def extensions() -> list:
     with_cuda = wants_cuda()
     if cuda_choice() == "only":
@@ -113,13 +127,8 @@ def extensions() -> list:
             extra_compile_args={"cxx": [*CXX_FLAGS, STABLE_ABI_FLAG]},
             py_limited_api=True,
         ),
-        CppExtension(
-            "lenet_fast._build_info",
-            csrc(["build_info.cpp"]),
-            extra_compile_args={"cxx": CXX_FLAGS},
-            define_macros=[(name, f'"{value}"') for name, value in facts.items()],
-        ),
-        CppExtension("lenet_fast._snapshot", csrc(["snapshot.cpp"]), extra_compile_args={"cxx": CXX_FLAGS}),
+        python_extension("_build_info", "build_info.cpp", facts),
+        python_extension("_snapshot", "snapshot.cpp"),
         *([cuda_extension()] if with_cuda else []),
     ]
 

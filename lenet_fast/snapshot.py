@@ -1,28 +1,33 @@
 """Whether a model is as it was: what a native call asks that reads a model once and then relies on what it found."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 try:
-    from ._snapshot import holds
+    from ._snapshot import Record
 except ImportError:  # nothing compiled
 
-    def holds(types: tuple, lengths: tuple, entries: tuple) -> bool:
+    class Record:
         """As csrc/snapshot.cpp."""
 
-        def groups(flat: tuple, size: int) -> Iterator[tuple]:
-            return zip(*[iter(flat)] * size, strict=True)
+        def __init__(self, types: tuple, sizes: tuple, entries: tuple) -> None:
+            self._types, self._sizes, self._entries = _groups(types, 2), _groups(sizes, 2), _groups(entries, 3)
 
-        return (
-            all(type(value) is kind for value, kind in groups(types, 2))
-            and all(len(owned) == length for owned, length in groups(lengths, 2))
-            and all(_same(owned.get(key, _ABSENT), value) for owned, key, value in groups(entries, 3))
-        )
+        def holds(self) -> bool:
+            """Whether all of it still is so."""
+            return (
+                all(type(value) is kind for value, kind in self._types)
+                and all(len(owned) == size for owned, size in self._sizes)
+                and all(_same(owned.get(key, _ABSENT), value) for owned, key, value in self._entries)
+            )
 
 
 _ABSENT = object()
+
+
+def _groups(flat: tuple, size: int) -> list[tuple]:
+    return list(zip(*[iter(flat)] * size, strict=True))
 
 
 def _same(found: object, expected: object) -> bool:
@@ -31,7 +36,7 @@ def _same(found: object, expected: object) -> bool:
     return isinstance(expected, int | float | str | tuple) and type(found) is type(expected) and found == expected
 
 
-__all__ = ["FORWARD_HOOKS", "HOOKS", "Snapshot", "holds"]
+__all__ = ["FORWARD_HOOKS", "HOOKS", "Record", "Snapshot"]
 
 FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 HOOKS = (*FORWARD_HOOKS, "_backward_hooks", "_backward_pre_hooks")
@@ -49,14 +54,14 @@ class Snapshot:
 
     def __init__(self, model: nn.Module, hooks: tuple[str, ...] = HOOKS) -> None:
         types: list[Any] = []  # object, type, ...: see csrc/snapshot.cpp
-        lengths: list[Any] = []  # dict, length, ...
+        sizes: list[Any] = []  # dict, size, ...
         entries: list[Any] = []  # dict, key, value, ...
         self.is_observed = False
         for module in model.modules():
             state = vars(module)
             types += [module, type(module)]
             for owned in [state, *(state[name] for name in _OWNED + hooks)]:
-                lengths += [owned, len(owned)]
+                sizes += [owned, len(owned)]
             self.is_observed |= any(state[name] for name in hooks)
             for name, value in state.items():
                 if name[0] != "_" and name != "training":
@@ -64,8 +69,8 @@ class Snapshot:
             for owned in (state[name] for name in _OWNED):
                 for name, value in owned.items():
                     entries += [owned, name, value]
-        self._expected = tuple(types), tuple(lengths), tuple(entries)
+        self._record = Record(tuple(types), tuple(sizes), tuple(entries))
 
     def holds(self) -> bool:
         """Whether all of it still is so."""
-        return holds(*self._expected)
+        return self._record.holds()

@@ -14,7 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import backends
 from .network import Network, NetworkError
-from .snapshot import Snapshot, holds
+from .snapshot import Record, Snapshot
 
 __all__ = ["TrainingOperands"]
 
@@ -119,7 +119,7 @@ class TrainingOperands:
             or self._moments != moments
             or len(owned) != len(self._owned)
             or not all(map(operator.is_, owned, self._owned))
-            or not holds((), (), self._state_entries)
+            or not self._state_record.holds()
         ):
             self._look_up_state(optimizer, moments, counts_steps)
 
@@ -201,7 +201,8 @@ class TrainingOperands:
                     entries += [state, name, value]
         self.first_moments, self.second_moments, self.step_counts = first, second, counts
         self.version += 1
-        self._state, self._moments, self._owned, self._state_entries = optimizer.state, moments, owned, tuple(entries)
+        self._state, self._moments, self._owned = optimizer.state, moments, owned
+        self._state_record = Record((), (), tuple(entries))
 
 
 def _refuse_hooks_on_all_modules() -> None:

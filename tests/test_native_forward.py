@@ -3,18 +3,16 @@
 import copy
 import gc
 import io
-import os
-import subprocess
-import sys
 import threading
 import weakref
 
 import pytest
 import torch
+from instruction_sets import ISAS, run_on
 from torch import nn
 
 import lenet_fast as lf
-from lenet_fast import _build_info, models, native_forward
+from lenet_fast import models, native_forward
 from lenet_fast.network import Network
 from lenet_fast.tracing import trace_forward
 
@@ -434,15 +432,12 @@ def test_bytes_without_rows_leave_nothing_for_floats():
     torch.ops.lenet_fast.network_release(definition)
 
 
-@pytest.mark.parametrize("isa", _build_info.supported_isas())
+@pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set_says_the_same(isa):
-    program = "from tests.test_native_forward import variant_check; variant_check()"
-    environment = os.environ | {"LENET_FAST_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=100)
+    run_on(isa, "test_native_forward", "variant_check")
 
 
 def variant_check():
-    assert _build_info.selected_isa() == os.environ["LENET_FAST_CPU_ISA"]
     for options in VARIANTS:
         for dtype, atol in ((torch.float64, 1e-12), (torch.float32, 1e-3)):
             model = build(**options, dtype=dtype)

@@ -1,7 +1,9 @@
 """What tells whether a model is as it was, compiled or not."""
 
+import gc
 import importlib.util
 import sys
+import weakref
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ def module(request, monkeypatch):
     spec = importlib.util.spec_from_file_location("lenet_fast.snapshot_again", snapshot.__file__)
     again = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(again)
-    assert hasattr(again.holds, "__code__") == (request.param == "python")
+    assert (again.Record.__module__ == again.__name__) == (request.param == "python")
     return again
 
 
@@ -55,3 +57,21 @@ def test_values_and_mode_are_no_part_of_it(module):
     model.eval()
     model.c1.padding = int("0")  # equal
     assert taken.holds()
+
+
+def test_a_model_that_refers_to_its_own_snapshot_is_collected(module):
+    model = models.lenet1()
+    model.taken = module.Snapshot(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize(
+    "arguments", [((), ()), ((1,), (), ()), ((), ("dict", 1), ()), ((), ({}, "one"), ()), ((), (), [{}, "key", 1])]
+)
+def test_a_record_of_something_else_is_refused(arguments):
+    record = pytest.importorskip("lenet_fast._snapshot", reason="not compiled").Record
+    with pytest.raises(TypeError):
+        record(*arguments)

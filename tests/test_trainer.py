@@ -7,18 +7,18 @@ import os
 import pickle
 import random
 import signal
-import subprocess
 import sys
 import threading
 
 import pytest
 import torch
+from instruction_sets import ISAS, run_on
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
 import lenet_fast as lf
-from lenet_fast import _build_info, models
+from lenet_fast import models
 from lenet_fast.network import Network, NetworkError
 from lenet_fast.trainer import FusedTrainer, TrainingError
 
@@ -320,15 +320,12 @@ def test_memory_that_starts_as_nan_does_no_harm(poisoned_memory):
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("isa", _build_info.supported_isas())
+@pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set_trains_alike(isa):
-    program = "from tests.test_trainer import variant_check; variant_check()"
-    environment = os.environ | {"LENET_FAST_CPU_ISA": isa, "OMP_NUM_THREADS": "2"}
-    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=100)
+    run_on(isa, "test_trainer", "variant_check")
 
 
 def variant_check():
-    assert _build_info.selected_isa() == os.environ["LENET_FAST_CPU_ISA"]
     for name in models.MODELS:
         model = build(name)
         assert_trains_alike(model, model.reference(), gentle(name, SETTINGS[2]), size_of(model), steps=5)
