@@ -13,7 +13,7 @@ export PATH := $(BIN):$(PATH)
 OMP_WAIT_POLICY ?= passive
 export OMP_WAIT_POLICY
 
-.PHONY: install train lecun1998 test lint format clean
+.PHONY: install train lecun1998 test gpu-bundle lint format clean
 
 install: $(VENV)/.installed
 
@@ -51,6 +51,10 @@ lecun1998: install
 
 test: install $(VENV)/.interop $(VENV)/.cuda
 	$(BIN)/python -m pytest
+
+# What a machine with a GPU needs, built and checked here: the folder .gpu (scripts/gpu_bundle.py).
+gpu-bundle: $(VENV)/.cuda
+	@$(BIN)/python scripts/gpu_bundle.py make
 
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check .

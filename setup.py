@@ -1,7 +1,8 @@
 """Builds the native libraries: `_C` (CPU operators) always, `_C_cuda` where nvcc and a CUDA build of PyTorch are.
 
 LENET_FAST_CUDA=0|1|auto|only (default auto): `_C_cuda` never; always, also for a PyTorch without CUDA (fails loudly
-without nvcc); where it can be used (says why not); nothing else. TORCH_CUDA_ARCH_LIST: the GPUs to build for. No GPU is
+without nvcc); where it can be used (says why not); nothing else but the facts of the build. LENET_FAST_CLOCKS=1: with
+phase clocks (csrc/cuda/phase_clock.cuh). TORCH_CUDA_ARCH_LIST: the GPUs to build for. No GPU is
 needed to build. LENET_FAST_WERROR=1 (CI): warnings are errors; elsewhere a newer compiler may have new ones.
 """
 
@@ -64,11 +65,13 @@ class Build(BuildExtension):
         super().build_extension(extension)
 
     def compile_kernels(self, source: str) -> str:
-        target = Path(self.build_temp).absolute() / f"{Path(source).stem}.cuda.o"
+        clocked = os.environ.get("LENET_FAST_CLOCKS") == "1" and Path(source).name == "train_network.cu"
+        target = Path(self.build_temp).absolute() / f"{Path(source).stem}{'.clocks' if clocked else ''}.cuda.o"
         newest = max(path.stat().st_mtime for folder in ("csrc", "csrc/cuda") for path in Path(folder).glob("*.*"))
         if not target.exists() or target.stat().st_mtime < newest or self.force:
             target.parent.mkdir(parents=True, exist_ok=True)
             flags = [*cuda_toolkit.NVCC_FLAGS, *cuda_toolkit.architecture_flags()]
+            flags += ["-DLENET_FAST_CLOCKS"] if clocked else []
             host_flags = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
             command = [str(cuda_toolkit.find_nvcc()), *flags, *host_flags, "-c", source, "-o", str(target)]
             if subprocess.run(command).returncode != 0:
@@ -113,13 +116,14 @@ def python_extension(name: str, source: str, strings: Mapping[str, str] = Mappin
 
 def extensions() -> list:
     with_cuda = wants_cuda()
-    if cuda_choice() == "only":
-        return [cuda_extension()]
     facts = {
         "LENET_FAST_BUILD_FLAGS": " ".join(CXX_FLAGS),
         "LENET_FAST_BUILD_TORCH": torch.__version__,
         "LENET_FAST_BUILD_CUDA_ARCHITECTURES": cuda_toolkit.architectures() if with_cuda else "",
     }
+    build_info = python_extension("_build_info", "build_info.cpp", facts)
+    if cuda_choice() == "only":
+        return [cuda_extension(), build_info]
     return [
         CppExtension(
             "lenet_fast._C",
@@ -127,7 +131,7 @@ def extensions() -> list:
             extra_compile_args={"cxx": [*CXX_FLAGS, STABLE_ABI_FLAG]},
             py_limited_api=True,
         ),
-        python_extension("_build_info", "build_info.cpp", facts),
+        build_info,
         python_extension("_snapshot", "snapshot.cpp"),
         *([cuda_extension()] if with_cuda else []),
     ]

@@ -4,7 +4,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -61,6 +61,7 @@ class Measured:
     batch: int
     launch: str
     race: harness.Race
+    verdicts: Mapping[str, agreement.Verdict]
     flops: int
     bytes: int
 
@@ -79,7 +80,7 @@ class Measured:
                     "roofline_share": f"{least / self.race.times(contestant).median:.4f}",
                     "copy_gbytes_per_s": f"{1e-9 * device.bandwidth:.0f}",
                 }
-            yield row | {"batch": self.batch} | settings
+            yield row | {"batch": self.batch} | self.verdicts[contestant].columns() | settings
 
 
 def main(
@@ -139,10 +140,10 @@ def main(
         print(title, "...", file=sys.stderr)
 
         def leave_out(contestant: str, error: Exception, title: str = title) -> None:
-            failures.append(f"{title}: without {contestant}: {command.explained(error)}")
+            failures.append(f"{title}: {command.outcome(contestant, error)}")
 
         try:
-            measured = measure(
+            races_of_case, verdicts = measure(
                 case,
                 one_pass,
                 {who: entry for who, entry in {**layer.contestants, **also}.items() if who in chosen},
@@ -161,7 +162,7 @@ def main(
                 raise SystemExit(f"bench_ops: refusing to time {title}: {error}") from None
             raise
         flops, bytes = size * layer.flops(one_pass), size * layer.elements(one_pass) * DTYPES[dtype].itemsize
-        races += [Measured(key, size, launch, race, flops, bytes) for launch, race in measured.items()]
+        races += [Measured(key, size, launch, race, verdicts, flops, bytes) for launch, race in races_of_case.items()]
         if csv is not None and keep_going:  # what was measured stays, whatever ends this process
             rows.write(csv, _table(races, device, settings))
 

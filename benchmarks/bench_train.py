@@ -40,8 +40,12 @@ class Measured:
     """A race on one network at one batch size."""
 
     task: Task
-    race: harness.Race
+    raced: network_race.Raced
     training: bool
+
+    @property
+    def race(self) -> harness.Race:
+        return self.raced.race
 
     def as_rows(self, ours: str, contestants: dict[str, object], device: Device, settings: rows.Row) -> list[rows.Row]:
         """A row for each contestant."""
@@ -53,7 +57,7 @@ class Measured:
             row |= rows.measurement(self.race, name, to=ours, images=batch, flops=work, probe=device.probe)
             if self.training:
                 row["epoch_ms"] = f"{1e3 * self.race.times(name).median * EPOCH / batch:.3f}"
-            row["steps"] = self.task.steps
+            row |= {"steps": self.task.steps, **self.raced.verdicts[name].columns()}
             table.append(row | settings)
         return table
 
@@ -86,10 +90,20 @@ def steps_of_a_call(batch: int, device: str, epoch_images: int) -> int:
     return max(1, min(_MOST_STEPS, _RESIDENT // batch))
 
 
+def _races(given: str) -> list[tuple[str, int]]:
+    """NETWORK:BATCH with commas between."""
+    names, _, sizes = zip(*(race.partition(":") for race in given.split(",")), strict=True)
+    chosen = command.some_of("--races", NETWORKS, ",".join(names))
+    return list(zip(chosen, command.batches(",".join(sizes), "--races"), strict=True))
+
+
 def main(
     batch: Annotated[str | None, typer.Option(help="Images a step; several with commas between.")] = None,
     threads: Annotated[int, typer.Option(min=1, max=os.cpu_count(), help="For every contestant.")] = 2,
     networks: Annotated[str, typer.Option(help="Names with commas between.")] = ",".join(NETWORKS),
+    races: Annotated[
+        str | None, typer.Option(help="NETWORK:BATCH with commas between, instead of every network at every batch.")
+    ] = None,
     inference: Annotated[bool, typer.Option("--inference", help="Outputs in eval mode instead of steps.")] = False,
     only_shown: Annotated[bool, typer.Option("--only-shown", help="Only the races that the README shows.")] = False,
     rivals: Annotated[str | None, typer.Option(help="Who competes with ours.", show_default="all")] = None,
@@ -111,7 +125,11 @@ def main(
     ours = infer_contestants.OURS if inference else train_contestants.OURS[device]
     chosen = list(known) if rivals is None else [ours, *command.some_of("--rivals", known, rivals)]
     contestants = {name: contestant for name, contestant in known.items() if name in chosen}
-    batches = command.batches(BATCHES[device] if batch is None else batch)
+    if races is None:
+        sizes = command.batches(BATCHES[device] if batch is None else batch)
+        todo = list(itertools.product(chosen_networks, sizes))
+    else:
+        todo = _races(races)
     if csv is not None and not csv.parent.is_dir():
         raise typer.BadParameter(f"--csv: no such folder: {csv.parent}")
     if (reason := backends.why_unavailable("native", device)) is not None:
@@ -128,10 +146,9 @@ def main(
         device = dataclasses.replace(device, timer=harness.time_synchronised)
     settings = {**rows.environment(), **device.facts}
 
-    races: list[Measured] = []
+    measured: list[Measured] = []
     failures: list[str] = []
     unavailable: set[str] = set()
-    todo = list(itertools.product(chosen_networks, batches))
     if only_shown:
         todo = [(network, size) for network, size in todo if train_table.is_shown(network, str(size))]
     for done, (network, size) in enumerate(todo):
@@ -145,12 +162,12 @@ def main(
             if isinstance(error, Unavailable):
                 unavailable.add(f"{network}: without {contestant}: {error}")
             else:
-                failures.append(f"{title}: without {contestant}: {command.explained(error)}")
+                failures.append(f"{title}: {command.outcome(contestant, error)}")
 
         steps = 1 if inference else steps_of_a_call(size, device.type, epoch_images)
         try:
             task = Task.make(network, size, steps, device.type)
-            race = (network_race.infer if inference else network_race.train)(
+            raced = (network_race.infer if inference else network_race.train)(
                 task,
                 contestants,
                 device=device,
@@ -166,14 +183,14 @@ def main(
             if isinstance(error, agreement.Disagreement):
                 raise SystemExit(f"bench_train: refusing to time {title}: {error}") from None
             raise
-        races.append(Measured(task, race, training=not inference))
-        table = [row for measured in races for row in measured.as_rows(ours, contestants, device, settings)]
+        measured.append(Measured(task, raced, training=not inference))
+        table = [row for one in measured for row in one.as_rows(ours, contestants, device, settings)]
         if csv is not None and (keep_going or done == len(todo) - 1):  # what was measured stays
             rows.write(csv, table)
 
-    if races:
+    if measured:
         print_table(table)
-        command.print_conditions((measured.race for measured in races), device)
+        command.print_conditions((one.race for one in measured), device)
     for line in sorted(unavailable):
         print(line)
     for failure in failures:

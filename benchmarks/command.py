@@ -3,6 +3,7 @@
 import traceback
 from collections.abc import Iterable
 
+import agreement
 import harness
 import torch
 import typer
@@ -17,11 +18,18 @@ def some_of(option: str, known: Iterable[str], given: str) -> list[str]:
     return names
 
 
-def batches(given: str) -> list[int]:
+def batches(given: str, option: str = "--batch") -> list[int]:
     """Sizes with commas between."""
     if not all(size.isdecimal() and int(size) for size in given.split(",")):
-        raise typer.BadParameter(f"--batch: expected numbers of at least 1 with commas between, got {given!r}")
+        raise typer.BadParameter(f"{option}: expected numbers of at least 1 with commas between, got {given!r}")
     return [int(size) for size in given.split(",")]
+
+
+def outcome(contestant: str, error: Exception) -> str:
+    """What became of a contestant that failed or is wrong."""
+    if isinstance(error, agreement.WrittenDown):
+        return f"{contestant} was timed although it disagrees: {error}"
+    return f"without {contestant}: {explained(error)}"
 
 
 def explained(error: Exception) -> str:

@@ -1,12 +1,13 @@
 """Before and after the steps of gpu_run.sh: what the machine lacks, and what came of it.
 
 python benchmarks/gpu_report.py before                 # the GPU's short name; 2 and the reason where there is none
-python benchmarks/gpu_report.py after STEPS RESULT     # the rows and the steps as RESULT.md, and on the screen
+python benchmarks/gpu_report.py after STEPS OUT GPU    # a summary of the steps and of the rows in OUT
 """
 
 import re
 import shutil
 import sys
+from collections.abc import Mapping, Sequence
 from importlib import metadata, util
 from pathlib import Path
 
@@ -21,9 +22,15 @@ _PACKAGES = {
     "rich": "no benchmark",
     "triton": "no Triton kernels, no torch.compile",
     "xdist": "the tests run one by one",
+    "pytest_timeout": "a test that hangs takes its step's whole time",
+    "jax": "no rival from JAX",
 }
 _SETUPTOOLS = 77  # reads pyproject.toml
-_PROGRAMS = {"nvcc": "no CUDA kernels are built", "compute-sanitizer": "no sanitizers"}
+_PROGRAMS = {
+    "nvcc": "without a bundle no CUDA kernels are built",
+    "compute-sanitizer": "no sanitizers",
+    "ncu": "no profiles of single kernels",
+}
 
 
 def before() -> str:
@@ -48,36 +55,36 @@ def before() -> str:
     return "{} {}.{}".format(short, *torch.cuda.get_device_capability())
 
 
-def after(steps: Path, result: Path) -> bool:
-    """Write and print the summary; whether every step succeeded.
+def after(steps: Path, out: Path, gpu: str) -> str:
+    """The summary: the steps as gpu_run.sh noted them, and a table of each file of rows in `out`."""
+    parts = [steps.read_text().rstrip()]
+    trained = (out / f"{name}_{gpu}.csv" for name in ("alone", "train", "train_more"))
+    parts += [train_table.gpu_text([rows.read(path)]) for path in trained if path.exists()]
+    if (path := out / f"phases_{gpu}.csv").exists():
+        parts.append(_phases(rows.read(path)))
+    if (path := out / f"gpu_{gpu}.csv").exists():
+        measured = rows.read(path)
+        parts += [gpu_table.section(measured, one_pass) for one_pass in dict.fromkeys(row["pass"] for row in measured)]
+    return "\n\n".join(parts)
 
-    Args:
-        steps: a line for each step: name, exit status, seconds and last words, with tabs between.
-        result: gpu_NAME, where the operators' rows are, without ".csv"; those of whole networks are in train_NAME.csv.
-    """
-    table = ["| step | | seconds | last words |", "| --- | --- | --- | --- |"]
-    succeeded = True
-    for line in steps.read_text().splitlines():
-        name, status, seconds, words = line.split("\t")
-        succeeded &= status == "0"
-        outcome = {"0": "ok", "124": "OUT OF TIME", "137": "OUT OF TIME"}.get(status, f"FAILED ({status})")
-        table.append(f"| {name} | {outcome} | {seconds} | {words[:90].replace('|', ' ').strip()} |")
-    rows_file = result.with_suffix(".csv")
-    if rows_file.exists():
-        measured = rows.read(rows_file)
-        for one_pass in dict.fromkeys(row["pass"] for row in measured):
-            table += ["", gpu_table.section(measured, one_pass)]
-    trained = result.with_name(f"train{result.name.removeprefix('gpu')}.csv")
-    if trained.exists():
-        table += ["", train_table.gpu_text([rows.read(trained)])]
-    summary = "\n".join(table)
-    result.with_suffix(".md").write_text(f"{summary}\n")
-    print(summary)
-    return succeeded
+
+def _phases(table: Sequence[Mapping[str, str]]) -> str:
+    """Cycles and share of each phase, a column for each network and batch."""
+    runs: dict[tuple[str, str], dict[tuple[str, str], Mapping[str, str]]] = {}
+    for row in table:
+        runs.setdefault((row["network"], row["batch"]), {})[row["phase"], row["layer"]] = row
+    lines = [["phase", "layer", *(f"{network}, {batch}" for network, batch in runs)]]
+    lines.append(["---"] * len(lines[0]))
+    for key in dict.fromkeys(key for run in runs.values() for key in run):
+        cells = (run.get(key) for run in runs.values())
+        figures = (f"{int(row['cycles']):,} ({float(row['share']):.1%})" if row else "" for row in cells)
+        lines.append([*key, *figures])
+    return "Clock cycles of a step's phases:\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "before":
         print(before())
     else:
-        raise SystemExit(not after(*map(Path, sys.argv[2:])))
+        _, _, steps, out, gpu = sys.argv
+        print(after(Path(steps), Path(out), gpu))

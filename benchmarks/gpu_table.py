@@ -75,7 +75,7 @@ def _table(measured: Sequence[Row]) -> str:
         by_name = {row["contestant"]: row for row in race}
         ours = by_name["fused"]
         ratios = (f"{float(by_name[name]['ratio']):.1f}x" if name in by_name else "" for name in rivals)
-        cells = [f"{layer}, {activation} + {pool}", batch, f"{float(ours['median_us']):.1f} us"]
+        cells = [f"{layer}, {activation} + {pool}", batch, f"{float(ours['median_us']):.1f} us{rows.remark(ours)}"]
         lines.append([*cells, f"{float(ours['roofline_share']):.0%}", *ratios])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

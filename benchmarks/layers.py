@@ -12,6 +12,7 @@ from lenet_fast.tables import LENET5_C3, Connections
 
 OURS = "fused"
 TRITON = "fused-triton"
+OWN = (OURS, TRITON)  # all that are this package's
 SUBSAMPLE = "subsample"  # LeCun's trainable pooling, with an activation of its own
 
 _ACTIVATIONS = {"sigmoid": nn.Sigmoid, "relu": nn.ReLU, "tanh": nn.Tanh, "scaled_tanh": ScaledTanh}

@@ -1,6 +1,7 @@
 """A race of whole networks: the contestants made ready and checked against float64, the time of each."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import agreement
 import harness
@@ -15,7 +16,15 @@ CHECKED_STEPS = 5  # later ones would amplify rounding
 LOSSES = "losses"
 LESS_EXACT = {"float32": 1, "bfloat16 autocast": 2**16}  # epsilon of bfloat16 by that of float32
 
-LeftOut = Callable[[str, Exception], None]
+Contestant = train_contestants.Contestant | infer_contestants.Contestant
+
+
+@dataclass(frozen=True)
+class Raced:
+    """The times of the contestants, and how their results compare with float64's."""
+
+    race: harness.Race
+    verdicts: Mapping[str, agreement.Verdict]
 
 
 def train(
@@ -25,12 +34,13 @@ def train(
     device: Device,
     rounds: int,
     sample_seconds: float,
-    left_out: LeftOut,
+    left_out: agreement.Report,
     keep_going: bool = False,
-) -> harness.Race:
+) -> Raced:
     """Race training steps; a sample is whole passes over the task's batches, a time that of one step.
 
-    Who is unavailable is left out and reported to `left_out`; with `keep_going`, every rival that fails or is wrong.
+    Who is unavailable is left out and reported to `left_out`; with `keep_going`, every rival that fails or is wrong. On
+    a GPU a contestant of ours that is wrong is reported, too, and timed all the same: its verdict says so.
 
     Raises:
         agreement.Disagreement: one of them is wrong; none was timed.
@@ -40,16 +50,16 @@ def train(
     truth = {LOSSES: first_losses(train_contestants.JUDGE(first))}
     own = {LOSSES: first_losses(train_contestants.EAGER(first)).float()}
 
-    def ready(name: str, contestant: train_contestants.Contestant) -> harness.Run:
+    def ready(name: str, contestant: train_contestants.Contestant) -> tuple[harness.Run, agreement.Results]:
         trained = contestant.prepare(task)
         found = {LOSSES: first_losses(trained).float()}
-        agreement.check(name, found, truth=truth, own=own, slack=_slack(contestant))
         trained.reset()
-        return trained.run
+        return trained.run, found
 
-    runs = _made_ready(contestants, ready, train_contestants.OURS[device.type], left_out, keep_going)
+    judge = agreement.Judge(truth, own, left_out, writes_down=train_contestants.OWN if device.type == "cuda" else ())
+    runs = _made_ready(contestants, ready, judge, train_contestants.OURS[device.type], keep_going)
     options = {"timer": device.timer, "probe": device.probe, "repeats": task.steps}
-    return harness.race(runs, rounds=rounds, sample_seconds=sample_seconds, **options)
+    return Raced(harness.race(runs, rounds=rounds, sample_seconds=sample_seconds, **options), judge.verdicts)
 
 
 def infer(
@@ -59,9 +69,9 @@ def infer(
     device: Device,
     rounds: int,
     sample_seconds: float,
-    left_out: LeftOut,
+    left_out: agreement.Report,
     keep_going: bool = False,
-) -> harness.Race:
+) -> Raced:
     """Race the network's outputs for the one batch of `task`; otherwise as `train`."""
     torch.compiler.reset()
     with torch.inference_mode():
@@ -69,15 +79,14 @@ def infer(
             {agreement.OUTPUT: prepare(task)()} for prepare in (infer_contestants.JUDGE, infer_contestants.EAGER)
         )
 
-        def ready(name: str, contestant: infer_contestants.Contestant) -> harness.Run:
+        def ready(name: str, contestant: infer_contestants.Contestant) -> tuple[harness.Run, agreement.Results]:
             run = contestant.prepare(task)
-            found = {agreement.OUTPUT: run().to(own[agreement.OUTPUT].dtype)}
-            agreement.check(name, found, truth=truth, own=own, slack=_slack(contestant))
-            return run
+            return run, {agreement.OUTPUT: run().to(own[agreement.OUTPUT].dtype)}
 
-        runs = _made_ready(contestants, ready, infer_contestants.OURS, left_out, keep_going)
+        judge = agreement.Judge(truth, own, left_out)
+        runs = _made_ready(contestants, ready, judge, infer_contestants.OURS, keep_going)
         options = {"timer": device.timer, "probe": device.probe}
-        return harness.race(runs, rounds=rounds, sample_seconds=sample_seconds, **options)
+        return Raced(harness.race(runs, rounds=rounds, sample_seconds=sample_seconds, **options), judge.verdicts)
 
 
 def first_losses(trained: Trained) -> torch.Tensor:
@@ -89,23 +98,26 @@ def first_losses(trained: Trained) -> torch.Tensor:
     return torch.tensor(losses[:CHECKED_STEPS], dtype=torch.float64)
 
 
-def _slack(contestant: train_contestants.Contestant | infer_contestants.Contestant) -> int:
+def _slack(contestant: Contestant) -> int:
     return LESS_EXACT[contestant.dtype] * (agreement.INDUCTOR_SLACK if contestant.compiled else 1)
 
 
 def _made_ready(
-    contestants: Mapping[str, object],
-    ready: Callable[[str, object], harness.Run],
+    contestants: Mapping[str, Contestant],
+    ready: Callable[[str, Contestant], tuple[harness.Run, agreement.Results]],
+    judge: agreement.Judge,
     ours: str,
-    left_out: LeftOut,
     keep_going: bool,
 ) -> dict[str, harness.Run]:
     runs = {}
     for name, contestant in contestants.items():
         try:
-            runs[name] = ready(name, contestant)
+            run, found = ready(name, contestant)
+            judge(name, found, slack=_slack(contestant))
         except Exception as error:  # noqa: PERF203 (once a contestant)
             if not isinstance(error, Unavailable) and (name == ours or not keep_going):
                 raise
-            left_out(name, error)
+            judge.report(name, error)
+        else:
+            runs[name] = run
     return runs

@@ -1,6 +1,6 @@
 """A race on one layer: its operands, the contestants made ready and checked against float64, the time of each."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ import harness
 import torch
 import torch.nn.functional as F
 from devices import Device
-from layers import OURS, PLAIN, Case, Contestant, Layer, Parameters, build_fused, store_dense
+from layers import OURS, OWN, PLAIN, Case, Contestant, Layer, Parameters, build_fused, store_dense
 from torch import Tensor
 
 PASSES = ("forward", "forward+backward")
@@ -137,11 +137,15 @@ def measure(
     rounds: int,
     sample_seconds: float,
     device: Device,
-    left_out: Callable[[str, Exception], None] | None = None,
-) -> dict[str, harness.Race]:
+    left_out: agreement.Report | None = None,
+) -> tuple[dict[str, harness.Race], dict[str, agreement.Verdict]]:
     """Check the contestants against float64, then race them: a race for each way to launch that the device has.
 
-    A rival that fails or is wrong is left out and reported to `left_out`; without that, the exception is raised.
+    A rival that fails or is wrong is left out and reported to `left_out`; without that, the exception is raised. On a
+    GPU an operator of ours that is wrong is reported, too, and timed all the same: its verdict says so.
+
+    Returns:
+        The races by their way to launch, and the contestants' verdicts.
 
     Raises:
         agreement.Disagreement: one of them is wrong; none was timed.
@@ -150,9 +154,10 @@ def measure(
     mode = torch.inference_mode if passes == "forward" else nullcontext
     operands = Operands.make(case, batch, dtype, device.type)
     copies = device.copies(batch * case.layer.elements(passes) * dtype.itemsize)
-    judge, own = (prepare(PLAIN, case, each, passes) for each in (operands.double(), operands))
+    true_run, own_run = (prepare(PLAIN, case, each, passes) for each in (operands.double(), operands))
     with mode():
-        truth, own_results = (results(run, PLAIN, case, passes) for run in (judge, own))
+        truth, own_results = (results(run, PLAIN, case, passes) for run in (true_run, own_run))
+    judge = agreement.Judge(truth, own_results, left_out, writes_down=OWN if device.type == "cuda" else ())
     runs: dict[str, dict[str, harness.Run]] = {launch: {} for launch in device.launches}
     for name, contestant in contestants.items():
         try:
@@ -161,8 +166,7 @@ def measure(
                 with mode():
                     ready = launched(run)
                     slack = agreement.INDUCTOR_SLACK if contestant.compiled else 1
-                    found = results(ready, contestant, case, passes)
-                    agreement.check(name, found, truth=truth, own=own_results, slack=slack)
+                    judge(name, results(ready, contestant, case, passes), slack=slack)
                 runs[launch][name] = ready
         except Exception as error:  # noqa: PERF203 (once a contestant)
             if left_out is None or name == OURS:
@@ -170,7 +174,8 @@ def measure(
             left_out(name, error)
     with mode():
         options = {"probe": device.probe, "timer": device.timer, "repeats": copies}
-        return {
+        races = {
             launch: harness.race(ready, rounds=rounds, sample_seconds=sample_seconds, **options)
             for launch, ready in runs.items()
         }
+    return races, judge.verdicts

@@ -87,17 +87,24 @@ def _cpu_model() -> str:
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows of equal columns as CSV."""
-    with path.open("w", newline="") as file:
+    """Write rows of equal columns as CSV. A process that is killed meanwhile leaves the file as it was before."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with unfinished.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    unfinished.replace(path)
 
 
 def read(path: Path) -> list[dict[str, str]]:
     """Read what `write` wrote."""
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def remark(row: Mapping[str, str]) -> str:
+    """What a table says beside a time of ours whose results were wrong; files from before the column have none."""
+    return f" (disagrees: {row['error']})" if row.get("agrees") == "no" else ""
 
 
 def check_one_run(table: Sequence[Mapping[str, str]], columns: Iterable[str]) -> None:

@@ -155,6 +155,7 @@ EAGER = Plain()
 _FASTEST = Plain(torch.channels_last, {"fused": True}, compiles_network=True)
 _TUNED = {"max_autotune": True, "coordinate_descent_tuning": True}
 OURS = {"cpu": "fused-step", "cuda": "fused-run"}  # whom the others' times are divided by
+OWN = ("fused-step", "fused-run", "fused-phases")  # all that are this package's
 
 
 def _with(**changes: object) -> Plain:

@@ -80,7 +80,12 @@ def _table(measured: Sequence[Row]) -> str:
         for name, row in by_name.items():
             heading, ratio = RIVALS[name], float(row["ratio"])
             ratios[heading] = min(ratio, ratios.get(heading, ratio))
-        cells = [network, batch, f"{float(ours['median_us']):,.0f} us", f"{int(ours['images_per_s']):,}"]
+        cells = [
+            network,
+            batch,
+            f"{float(ours['median_us']):,.0f} us{rows.remark(ours)}",
+            f"{int(ours['images_per_s']):,}",
+        ]
         cells.append(f"{float(ours['peak_share']):.0%}")
         cells += [f"{float(ours['epoch_ms']):,.1f} ms" for _ in lasts]
         lines.append([*cells, *(f"{ratios[heading]:.1f}x" if heading in ratios else "" for heading in rivals)])

@@ -165,6 +165,7 @@ PROCESSES = {
         ],
     ),
     "operators": ("memory", ["tests/test_operators.py", "-k", OPERATOR_TESTS]),
+    "phase-clocks": ("clocks", ["tests/cuda_host/phase_clocks.py"]),
 }
 
 
@@ -182,6 +183,8 @@ def processes():
         "PYTHONPATH": f"{build.ROOT}:{build.ROOT / 'tests'}",
     }
     libraries = {check: str(build.build_operators(check)) for check in build.CHECKS}
+    clocks = {"train_network.cu": ["-DLENET_FAST_CLOCKS"]}
+    libraries["clocks"] = str(build.build_operators("memory", own_flags=clocks))
 
     def run(check, arguments):
         options = ["-p", "cuda_host.redirect", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-x"]

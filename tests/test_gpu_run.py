@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import signal
 import subprocess
 import sys
 from importlib import import_module
@@ -42,16 +43,17 @@ def gpu_run(out, *steps, python=sys.executable, **environment):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_it_ends_at_once(tmp_path):
-    done = gpu_run(tmp_path / "out")
+    done = gpu_run(tmp_path / "out", "first")
     assert done.returncode == 2
     assert done.stderr.strip() == f"gpu_run: no CUDA device (PyTorch {torch.__version__})"
     assert not list(tmp_path.iterdir())
 
 
-def test_unknown_steps_are_refused(tmp_path):
-    done = gpu_run(tmp_path, "build", "bnch")
+@pytest.mark.parametrize("stage", ["", "third"])
+def test_unknown_stages_are_refused(tmp_path, stage):
+    done = gpu_run(tmp_path, stage)
     assert done.returncode == 2
-    assert done.stderr.strip() == "gpu_run: expected build, test, sanitize, train or bench, got 'bnch'"
+    assert done.stderr.strip() == f"gpu_run: expected first or second, got '{stage}'"
 
 
 def test_what_is_missing_is_said_with_its_cost(monkeypatch, capsys):
@@ -67,7 +69,7 @@ def test_what_is_missing_is_said_with_its_cost(monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines() == [
         "NVIDIA H100 80GB HBM3, 1 of them, torch 2.11.0, setuptools 65.5.0",
         "missing here: xdist: the tests run one by one",
-        "missing here: nvcc: no CUDA kernels are built",
+        "missing here: nvcc: without a bundle no CUDA kernels are built",
         "missing here: setuptools 77 or later: nothing is built",
     ]
 
@@ -76,59 +78,82 @@ FAKE_PYTHON = """#!/usr/bin/env bash
 case "$*" in
   *"gpu_report.py before") echo fake_gpu 9.0 ;;
   *"gpu_report.py after"*) exec {python} "$@" ;;
+  *why_unavailable* | *"gpu_bundle.py check"*) exit 1 ;;
   *setup.py*) echo "cannot be built"; exit 3 ;;
-  *bench_ops.py*) sleep 60 ;;
+  *gpu_smoke.py*) echo "c1: FAILED: off | by far"; exit 1 ;;
+  *bench_ops.py* | *race-of-all* | *jax-scan*) sleep 60 ;;
   *) echo "$@" ;;
 esac
 """
+STEPS = {
+    "first": ["build", "facts", "smoke", "smoke-memcheck", "alone", "race", "race-of-all"],
+    "second": [
+        *("build", "training-tests", "operator-tests", "races", "racecheck", "memcheck"),
+        *("operators", "triton-tests", "alone-tests"),
+    ],
+}
 
 
 @pytest.fixture
 def fake_python(tmp_path):
-    """Stands for Python and compute-sanitizer: building fails, the benchmark never ends."""
+    """Stands for Python and compute-sanitizer: building and the smoke test fail, some benchmarks never end."""
     for name in ("python", "compute-sanitizer"):
         (tmp_path / name).write_text(FAKE_PYTHON.format(python=sys.executable))
         (tmp_path / name).chmod(0o755)
-    return {"python": str(tmp_path / "python"), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    return {"python": str(tmp_path / "python"), "PATH": f"{tmp_path}:{os.environ['PATH']}", "LENET_FAST_DATA": ""}
 
 
-def test_a_failed_step_stops_no_other_and_shows_in_the_end(tmp_path, fake_python):
-    done = gpu_run(tmp_path / "out", GPU_RUN_SECONDS="4", **fake_python)
+def steps_of(summary):
+    lines = [line.strip("| ").split(" | ") for line in summary.splitlines()[2:]]
+    return {line[0]: line for line in lines}
+
+
+@pytest.mark.parametrize("stage", STEPS)
+def test_a_failed_step_stops_no_other_and_shows_in_the_end(tmp_path, fake_python, stage):
+    done = gpu_run(tmp_path / "out", stage, GPU_RUN_SECONDS="4", **fake_python)
     assert done.returncode == 1
-    steps = {re.sub(r"^\| ", "", line).split(" | ")[0]: line for line in done.stdout.splitlines()[2:]}
-    assert list(steps) == [
-        "build",
-        "env",
-        "training",
-        "operators",
-        "alone",
-        "memcheck",
-        "racecheck",
-        "initcheck",
-        "train",
-        "bench",
-    ]
-    assert "| FAILED (3) |" in steps["build"]
-    assert "| cannot be built |" in steps["build"]
-    assert "| OUT OF TIME |" in steps["bench"]
-    assert all("| ok |" in line for name, line in steps.items() if name not in ("build", "bench"))
-    assert (tmp_path / "out" / "gpu_fake_gpu.md").read_text() == done.stdout
-    log = (tmp_path / "out" / "gpu_run.log").read_text()
-    assert "=== operators: " in log
-    assert re.search(
-        r"--tool racecheck .* tests/test_cuda.py tests/test_cuda_training.py -k test_small$", log, re.MULTILINE
-    )
+    steps = steps_of(done.stdout)
+    assert [name for name in steps if name != "ncu"] == STEPS[stage]  # ncu may be installed
+    assert steps["build"][1:2] + steps["build"][4:] == ["FAILED (3)", "cannot be built"]
+    slow = "race-of-all" if stage == "first" else "operators"
+    assert steps[slow][1] == "OUT OF TIME"
+    if stage == "first":
+        assert steps["smoke"][1:2] + steps["smoke"][4:] == ["FAILED (1)", "c1: FAILED: off   by far"]
+        assert steps["smoke-memcheck"][1] == "ok"
+    else:
+        assert steps["alone-tests"][1] == "no time left"
+    unusual = ("build", "smoke", slow, "triton-tests", "alone-tests")
+    assert all(step[1] == "ok" for name, step in steps.items() if name not in unusual)
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {f"gpu_run_{stage}.log", f"{stage}_fake_gpu.md"}
+    assert (tmp_path / "out" / f"{stage}_fake_gpu.md").read_text() == done.stdout
+    assert f"=== {slow}: " in (tmp_path / "out" / f"gpu_run_{stage}.log").read_text()
 
 
-def test_no_time_left_is_a_failure(tmp_path, fake_python):
-    done = gpu_run(tmp_path, "test", GPU_RUN_SECONDS="0", **fake_python)
-    assert done.returncode == 1
-    assert done.stdout.count("| FAILED (no time left) |") == 3
+def test_steps_can_be_chosen(tmp_path, fake_python):
+    done = gpu_run(tmp_path / "out", "second", "races", "racecheck", **fake_python)
+    assert done.returncode == 0
+    assert list(steps_of(done.stdout)) == ["races", "racecheck"]
 
 
-def test_the_whole_run_stays_below_nine_minutes():
-    (limit,) = re.findall(r"GPU_RUN_SECONDS:-(\d+)", (BENCHMARKS / "gpu_run.sh").read_text())
-    assert int(limit) <= 9 * 60 - 20  # for what comes before and after the steps
+def test_what_was_done_before_a_kill_is_in_the_summary(tmp_path, fake_python):
+    environment = os.environ | {"OUT": str(tmp_path / "out"), "PYTHON": fake_python["python"]}
+    environment |= {"PYTHONPATH": str(ROOT), "PATH": fake_python["PATH"], "LENET_FAST_DATA": ""}
+    command = [str(BENCHMARKS / "gpu_run.sh"), "first"]
+    summary = tmp_path / "out" / "first_fake_gpu.md"
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, start_new_session=True
+    ) as process:
+        for line in process.stderr:
+            if line == b"race-of-all ...\n":
+                os.killpg(process.pid, signal.SIGKILL)
+    assert list(steps_of(summary.read_text()))[-1] == "race"
+
+
+def test_both_stages_fit_the_device_time():
+    """Fifteen minutes, of which starting the machine takes some twice."""
+    limits = re.findall(r"GPU_RUN_SECONDS:-(\d+)", (BENCHMARKS / "gpu_run.sh").read_text())
+    assert [int(limit) for limit in limits] == [270, 450]
 
 
 # ---- What it runs, on a pretended GPU
@@ -160,8 +185,9 @@ def benchmark(tmp_path_factory):
     """The benchmark's run on layer C1 and its files."""
     out = tmp_path_factory.mktemp("gpu_run")
     options = "--batch 2,5 --threads 1 --layers c1 --rounds 2 --sample-ms 0.1 --rivals fused-triton,eager,compile"
-    done = gpu_run(out, "bench", python=PRETEND, GPU_RUN_BENCH=options, LENET_FAST_COMMIT="carried")
-    assert done.returncode == 0, done.stdout + done.stderr + (out / "gpu_run.log").read_text()
+    options += " --passes forward+backward,forward"
+    done = gpu_run(out, "second", "operators", python=PRETEND, GPU_RUN_BENCH=options, LENET_FAST_COMMIT="carried")
+    assert done.returncode == 0, done.stdout + done.stderr + (out / "gpu_run_second.log").read_text()
     return done, out
 
 
@@ -191,27 +217,55 @@ def test_rows_of_a_gpu(benchmark):
         if row["contestant"] == "fused":
             assert row["ratio"] == "1.000"
     assert "| c1, relu + max | 5 |" in done.stdout
-    assert (out / "gpu_pretended_gpu.md").read_text() == done.stdout
+    assert all(row["agrees"] == "yes" and float(row["error"]) < 1e-4 for row in rows)
+    assert (out / "second_pretended_gpu.md").read_text() == done.stdout
 
 
 @needs_native
 def test_whole_networks_of_a_gpu(tmp_path):
     options = "--batch 5,3 --threads 1 --networks lenet1 --rounds 2 --epoch-images 10"
     options += " --rivals fused-step,fused-phases,eager,compile-graph"
-    done = gpu_run(tmp_path, "train", python=PRETEND, GPU_RUN_TRAIN=options, LENET_FAST_DATA="")
-    assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "gpu_run.log").read_text()
-    rows = read(tmp_path / "train_pretended_gpu.csv")
+    done = gpu_run(tmp_path, "first", "facts", "alone", python=PRETEND, GPU_RUN_TRAIN=options)
+    assert "| alone | ok |" in done.stdout, done.stdout + done.stderr + (tmp_path / "gpu_run_first.log").read_text()
+    rows = read(tmp_path / "alone_pretended_gpu.csv")
     assert [(row["batch"], row["steps"], row["contestant"]) for row in rows] == [
         (batch, steps, who)
         for batch, steps in (("5", "2"), ("3", "3"))
         for who in ("fused-step", "fused-run", "eager", "fused-phases", "compile-graph")
     ]
     for row in rows:
-        assert (row["gpu"], row["tf32"]) == ("pretended GPU", "off")
+        assert (row["gpu"], row["tf32"], row["agrees"]) == ("pretended GPU", "off", "yes")
         if row["contestant"] == "fused-run":
             assert row["ratio"] == row["ratio_q1"] == row["ratio_q3"] == "1.000"
     assert "| lenet1 | 5 |" in done.stdout
-    assert (tmp_path / "gpu_pretended_gpu.md").read_text() == done.stdout
+    assert (tmp_path / "first_pretended_gpu.md").read_text() == done.stdout
+
+
+@needs_native
+def test_the_smoke_test_runs():
+    done = run(*PRETEND.split(), str(BENCHMARKS / "gpu_smoke.py"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert sum(line.startswith("training ") for line in lines) == 12
+    assert lines[-1] == f"{len(lines) - 1} passed, 0 failed"
+
+
+@needs_native
+def test_a_wrong_kernel_fails_the_smoke_test(monkeypatch, capsys):
+    gpu_smoke = import_module("gpu_smoke")
+    monkeypatch.setattr(gpu_smoke, "LAYERS", {})
+    monkeypatch.setattr(gpu_smoke, "NETWORKS", ["lenet1"])
+    monkeypatch.setattr(gpu_smoke, "TRAINING_BATCHES", [5])
+    train = gpu_smoke.train
+
+    def wrong(network, batch, device, dtype, cooperative):
+        found = train(network, batch, "cpu", dtype, cooperative)
+        return found | {"losses": found["losses"] * 1.0001} if device == "cuda" else found
+
+    monkeypatch.setattr(gpu_smoke, "train", wrong)
+    with pytest.raises(SystemExit):
+        gpu_smoke.main()
+    assert "training lenet1 batch 5: FAILED: Disagreement: one launch: losses: off by 1.0" in capsys.readouterr().out
 
 
 @needs_native
@@ -330,6 +384,27 @@ def test_where_ours_is_wrong_nobody_is_timed(planted, tmp_path, capsys):
     assert stop.value.code == 1
     assert not path.exists()
     assert "FAILED c1 relu max forward batch 3: not raced: Disagreement: fused: output" in capsys.readouterr().out
+
+
+@needs_native
+def test_where_ours_is_wrong_on_a_gpu_it_is_timed_and_written_down(planted, tmp_path, capsys, monkeypatch):
+    bench_ops, plant = planted
+    plant("fused")
+    monkeypatch.setattr(import_module("operator_race").agreement, "Judge", writing_down("fused"))
+    path = tmp_path / "ops.csv"
+    with pytest.raises(SystemExit) as stop:
+        bench_ops.main(**OPTIONS, rivals="eager", keep_going=True, csv=path)
+    assert stop.value.code == 1
+    rows = read(path)
+    assert [(row["contestant"], row["agrees"]) for row in rows] == [("fused", "no"), ("eager", "yes")] * 2
+    assert float(rows[0]["error"]) == pytest.approx(1e-3, rel=0.01)
+    assert "FAILED c1 relu max forward batch 3: fused was timed although it disagrees" in capsys.readouterr().out
+
+
+def writing_down(name):
+    """agreement.Judge as on a GPU."""
+    judge = import_module("agreement").Judge
+    return lambda *args, **_: judge(*args, writes_down=(name,))
 
 
 @needs_native

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "network_plan.h"
+#include "phase_clock.cuh"
 #include "reduction.cuh"
 #include "window.cuh"
 
@@ -271,7 +272,7 @@ __device__ inline void dense_forward(const NetworkPlan& n, int l, float* shared,
 // grad_output becomes the gradient of z; it and the input go to global memory for the weight gradient, the gradient of
 // the input to shared memory.
 __device__ inline void dense_backward(const NetworkPlan& n, int l, float* shared, const float* output,
-                                      float* grad_output, int64_t image) {
+                                      float* grad_output, int64_t image, const PhaseClock& clock) {
   const DensePlan& dense = n.dense[l];
   const float* const weight = n.slot[4 * n.num_convs + 2 * l].value;
   for (int out = threadIdx.x; out < dense.out_features; out += kNetworkThreads) {
@@ -281,7 +282,7 @@ __device__ inline void dense_backward(const NetworkPlan& n, int l, float* shared
       dense.grad_outputs[image * dense.out_features + out] = grad;
     });
   }
-  __syncthreads();
+  clock.end(Phase::dense_activation, l);
   for (int in = threadIdx.x; in < dense.in_features; in += kNetworkThreads) {
     dense.inputs[image * dense.in_features + in] = shared[dense.input + in];
     float sum = 0.0f;
@@ -385,21 +386,27 @@ __device__ inline bool talks_to_host() { return blockIdx.x + 1 == gridDim.x && t
 // Forward, loss and backward of the block's images of a step. K: the kernel size of all convolutions, 0 for any.
 template <int K>
 __device__ void train_images(const NetworkPlan& n, float* shared, int step) {
+  PhaseClock clock(step);
   const int64_t begin = step * n.batch_size;
   const int64_t batch = min(n.batch_size, n.total - begin);
   double request = 0;  // read first and used last, as the host's memory is microseconds away
   if (n.watch != nullptr && talks_to_host()) {
     request = n.watch[0];
   }
+  clock.stamp(Phase::begin);
   stage_convolutions(n, shared);
   ImageLoss sum;  // in thread 0
   for (int64_t image = blockIdx.x; image < batch; image += gridDim.x) {
     const int64_t named = n.order != nullptr ? n.order[begin + image] : begin + image;
     const bool known = named >= 0 && named < n.num_images;  // an unknown image makes the loss NaN
     const int64_t index = known ? named : 0;
-    __syncthreads();  // the last image is read
+    const bool is_first = image == blockIdx.x;
+    clock.end(is_first ? Phase::stage : Phase::gradients);  // nobody reads the last image any more
+    if (!is_first) {
+      clock.next_round();
+    }
     load_image(n, shared, index);
-    __syncthreads();
+    clock.end(Phase::load);
     for (int l = 0; l < n.num_convs; ++l) {
       if (l + 1 < n.num_convs) {
         const ConvPlan& next = n.conv[l + 1];
@@ -409,40 +416,40 @@ __device__ void train_images(const NetworkPlan& n, float* shared, int step) {
         convolve_forward<K>(n, l, shared, shared + n.dense[0].input, n.conv[l].out_width,
                             n.conv[l].out_height * n.conv[l].out_width);
       }
-      __syncthreads();
+      clock.end(Phase::convolution, l);
     }
     const auto output_of = [&](int l) { return shared + (l + 1 < n.num_denses ? n.dense[l + 1].input : n.output); };
     for (int l = 0; l < n.num_denses; ++l) {
       dense_forward(n, l, shared, output_of(l));
-      __syncthreads();
+      clock.end(Phase::dense, l);
     }
     score(n, shared);
-    __syncthreads();
+    clock.end(Phase::score);
     if (threadIdx.x < 32) {
       const ImageLoss one =
           score_loss(n, shared + n.scores, known ? n.labels[index] : -1, 1.0f / static_cast<float>(batch));
       sum.loss += one.loss;
       sum.correct += one.correct;
     }
-    __syncthreads();
+    clock.end(Phase::loss);
     score_backward(n, shared);
-    __syncthreads();
+    clock.end(Phase::output_gradient);
     for (int l = n.num_denses - 1; l >= 0; --l) {
       dense_backward(n, l, shared, output_of(l),
-                     shared + (l + 1 < n.num_denses ? n.dense[l + 1].grad_input : n.grad_output), image);
-      __syncthreads();
+                     shared + (l + 1 < n.num_denses ? n.dense[l + 1].grad_input : n.grad_output), image, clock);
+      clock.end(Phase::dense_gradient, l);
     }
     for (int l = n.num_convs - 1; l >= 0; --l) {
       differentiate(n, l, shared);
-      __syncthreads();
+      clock.end(Phase::conv_activation, l);
       add_weight_gradient<K>(n.conv[l], shared);
       if (l > 0) {
         input_gradient<K>(n.conv[l], shared, shared + n.conv[l - 1].grad_output);
-        __syncthreads();
+        clock.end(Phase::gradients, l);
       }
     }
   }
-  __syncthreads();
+  clock.end(blockIdx.x < batch ? Phase::gradients : Phase::stage);
   if (blockIdx.x < batch) {
     float* target = n.block_sums + static_cast<int64_t>(blockIdx.x) * n.num_sums;
     for (int l = 0; l < n.num_convs; ++l) {
@@ -459,6 +466,7 @@ __device__ void train_images(const NetworkPlan& n, float* shared, int step) {
   if (talks_to_host()) {
     *n.asked = request != 0;
   }
+  clock.stamp(Phase::sums);
 }
 
 }  // namespace lenet_fast::cuda

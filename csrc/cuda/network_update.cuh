@@ -82,6 +82,7 @@ __device__ inline bool is_finite(double value) { return value - value == 0.0; }
 
 // Whether the step was taken. All blocks come to the same result.
 __device__ inline bool update_parameters(const NetworkPlan& n, UpdateMemory& shared, int step) {
+  PhaseClock clock(step);
   const int64_t batch = min(n.batch_size, n.total - step * n.batch_size);
   const int blocks = static_cast<int>(min(batch, static_cast<int64_t>(gridDim.x)));
   const int num_slots = 4 * n.num_convs + 2 * n.num_denses;
@@ -111,7 +112,7 @@ __device__ inline bool update_parameters(const NetworkPlan& n, UpdateMemory& sha
     const double count = plan.count != nullptr ? static_cast<double>(*plan.count) + step + 1 : 1.0;
     shared.updates[slot] = update_of<float>(n.settings, plan.trained, count, n.learning_rates[step]);
   }
-  __syncthreads();
+  clock.end(Phase::loss_sum);
   if (shared.asked) {
     return false;
   }
@@ -154,7 +155,7 @@ __device__ inline bool update_parameters(const NetworkPlan& n, UpdateMemory& sha
         shared.partial[(slice * kUpdateRows + r) * columns + column] = sums[r];
       }
     }
-    __syncthreads();
+    clock.end(Phase::gradient_sums);
     if (active && slice == 0) {
 #pragma unroll
       for (int r = 0; r < kUpdateRows; ++r) {
@@ -196,7 +197,8 @@ __device__ inline bool update_parameters(const NetworkPlan& n, UpdateMemory& sha
         }
       }
     }
-    __syncthreads();
+    clock.end(Phase::update);
+    clock.next_round();
   }
   return true;
 }

@@ -10,6 +10,7 @@
 
 #include <cstdlib>
 #include <string_view>
+#include <vector>
 
 #include "launch_graph.cuh"
 #include "network_images.cuh"
@@ -29,12 +30,15 @@ __global__ void __launch_bounds__(kNetworkThreads, 1) train_steps(const __grid_c
   float* const shared = reinterpret_cast<float*>(shared_memory());
   clear_borders(n, shared);
   for (int step = 0; step < n.steps; ++step) {
+    const PhaseClock clock(step);
     train_images<K>(n, shared, step);
     cooperative_groups::this_grid().sync();
+    clock.stamp(Phase::first_barrier);
     if (!update_parameters(n, update_memory(n, shared), step)) {
       return;  // all blocks
     }
     cooperative_groups::this_grid().sync();
+    clock.stamp(Phase::second_barrier);
   }
 }
 
@@ -367,3 +371,30 @@ void train(const TrainingRun& run, void* workspace, cudaStream_t stream) {
 }
 
 }  // namespace lenet_fast::cuda
+
+#ifdef LENET_FAST_CLOCKS
+// For benchmarks/phase_clocks.py: what phase_clocks holds, and its values.
+extern "C" {
+
+__attribute__((visibility("default"))) const char* lenet_fast_phase_names() {
+#define LENET_FAST_PHASE(name) #name " "
+  return LENET_FAST_PHASES(LENET_FAST_PHASE);
+#undef LENET_FAST_PHASE
+}
+
+__attribute__((visibility("default"))) void lenet_fast_phase_shape(int64_t* shape) {
+  using namespace lenet_fast::cuda;
+  const int64_t sizes[] = {kClockBlocks, kClockSteps, kClockRounds, kPhases, kClockLayers};
+  std::copy(std::begin(sizes), std::end(sizes), shape);
+}
+
+// Copies the clocks to `target` and clears them. Returns CUDA's error code.
+__attribute__((visibility("default"))) int lenet_fast_take_phase_clocks(long long* target) {
+  using lenet_fast::cuda::phase_clocks;
+  const std::vector<char> zeros(sizeof phase_clocks);
+  const cudaError_t error = cudaMemcpyFromSymbol(target, phase_clocks, sizeof phase_clocks);
+  return error != cudaSuccess ? error : cudaMemcpyToSymbol(phase_clocks, zeros.data(), sizeof phase_clocks);
+}
+
+}  // extern "C"
+#endif

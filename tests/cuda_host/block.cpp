@@ -16,7 +16,8 @@ namespace cuda_host {
 namespace {
 
 Thread* current = nullptr;
-uint32_t skipped_barrier;  // by every thread, counted from its start
+long long resumptions = 0;  // of all threads: the clock
+uint32_t skipped_barrier;   // by every thread, counted from its start
 
 std::string text(const char* format, auto... values) {
   char buffer[512];
@@ -121,6 +122,7 @@ void Block::run_warp(Order& order, size_t warp) {
 }
 
 void Block::resume(Thread& thread) {
+  ++resumptions;
   current = &thread;
   threadIdx = thread.index;
   thread.fiber->resume();
@@ -254,6 +256,7 @@ void __syncthreads() {
   }
   wait(State::at_block_barrier);
 }
+long long clock64() { return resumptions; }
 void __syncwarp(unsigned mask) {
   char nothing = 0;
   shuffle("__syncwarp", Shuffle::indexed, mask, &nothing, 0, 0, warpSize);

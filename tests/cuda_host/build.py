@@ -8,10 +8,11 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -95,16 +96,20 @@ def build(
     shared_memory: str,
     check: str = "memory",
     flags: Iterable[str] = (),
+    own_flags: Mapping[str, Iterable[str]] = MappingProxyType({}),
     link_flags: Iterable[str] = (),
 ) -> Path:
     """Compile `sources` and the shim, and link them to the file `name`.
 
-    shared_memory: the mangled name of the sources' `extern __shared__` array, which becomes the shim's.
+    Args:
+        shared_memory: the mangled name of the sources' `extern __shared__` array, which becomes the shim's.
+        own_flags: flags of single sources, by the file's name.
     """
     common = [*FLAGS, *WARNINGS, f"-I{HERE / 'include'}", *flags]
 
     def compiled(source: Path) -> Path:
-        return _object(source, [*common, *CHECKS[check if source.suffix == ".cu" else "memory"]])
+        checks = CHECKS[check if source.suffix == ".cu" else "memory"]
+        return _object(source, [*common, *checks, *own_flags.get(source.name, ())])
 
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
         objects = list(pool.map(compiled, [*sources, *RUNTIME]))
@@ -119,7 +124,7 @@ def build(
     return target
 
 
-def build_operators(check: str) -> Path:
+def build_operators(check: str, own_flags: Mapping[str, Iterable[str]] = MappingProxyType({})) -> Path:
     """The package's CUDA operators for CPU tensors: the library that redirect.py loads."""
     csrc = ROOT / "csrc"
     return build(
@@ -127,6 +132,7 @@ def build_operators(check: str) -> Path:
         [*sorted((csrc / "cuda").glob("*.cu")), *sorted(csrc.glob("bind_*cuda.cpp")), HERE / "libtorch_cuda.cpp"],
         shared_memory="_ZN10lenet_fast4cuda17lenet_fast_sharedE",
         check=check,
+        own_flags=own_flags,
         flags=[
             "-DLENET_FAST_LIBRARY=lenet_fast_cuda_host",
             "-DLENET_FAST_DISPATCH_KEY=CPU",

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <tuple>
 #include <type_traits>
@@ -92,6 +93,9 @@ T __ldg(const T* address) {
   return *address;
 }
 
+// Counts how often a thread was run on to its next barrier or warp operation: a clock that repeats itself.
+long long clock64();
+
 inline float __fdividef(float a, float b) { return a / b; }
 
 template <typename T>
@@ -157,6 +161,16 @@ cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
+template <typename T>
+cudaError_t cudaMemcpyFromSymbol(void* target, const T& symbol, size_t bytes) {
+  std::memcpy(target, &symbol, bytes);
+  return cudaSuccess;
+}
+template <typename T>
+cudaError_t cudaMemcpyToSymbol(T& symbol, const void* source, size_t bytes) {
+  std::memcpy(&symbol, source, bytes);
+  return cudaSuccess;
+}
 cudaError_t cudaHostGetDevicePointer(void** on_device, void* on_host, unsigned flags);
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream = nullptr);
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags);
