@@ -80,7 +80,7 @@ class Measured:
                     "roofline_share": f"{least / self.race.times(contestant).median:.4f}",
                     "copy_gbytes_per_s": f"{1e-9 * device.bandwidth:.0f}",
                 }
-            yield row | {"batch": self.batch} | self.verdicts[contestant].columns() | settings
+            yield row | self.verdicts[contestant].columns() | {"batch": self.batch} | settings
 
 
 def main(
