@@ -16,9 +16,10 @@ cd "$(dirname "$0")/.." || exit 2
 read -ra python <<< "${PYTHON:-python3}"
 stage=${1:-}
 chosen=("${@:2}") # steps; none: all
+slower=${GPU_RUN_SLOWER:-1} # every limit is so many times as long: for a pretended GPU
 case $stage in
-  first) limit=${GPU_RUN_SECONDS:-270} ;;
-  second) limit=${GPU_RUN_SECONDS:-450} ;;
+  first) limit=$((slower * ${GPU_RUN_SECONDS:-270})) ;;
+  second) limit=$((slower * ${GPU_RUN_SECONDS:-450})) ;;
   *)
     echo "gpu_run: expected first or second, got '$stage'" >&2
     exit 2
@@ -42,7 +43,7 @@ failed=0
 
 # step NAME SECONDS COMMAND...: run the command, for so long at most and not beyond the stage's limit
 step() {
-  local name=$1 seconds=$2 left=$((limit - SECONDS)) start=$SECONDS status=0 outcome
+  local name=$1 seconds=$((slower * $2)) left=$((limit - SECONDS)) start=$SECONDS status=0 outcome
   shift 2
   ((${#chosen[@]} == 0)) || [[ " ${chosen[*]} " == *" $name "* ]] || return 0
   echo "$name ..." >&2
