@@ -43,8 +43,18 @@ def error(actual, expected):
 
 
 def assert_as_accurate_as_pytorch(case, dtype, device, backend, activation, pool):
-    """No more than 2x (forward) or 3x (gradients) the error of PyTorch's own operators in the same dtype."""
+    """No more than 2x (forward) or 3x (gradients) the error of PyTorch's own operators in the same dtype.
+
+    In float64, of which nothing here is more exact: equal to PyTorch's own but for some roundings.
+    """
     tensors = case.tensors(dtype)
+    if dtype == torch.float64:
+        expected, expected_grads = case.gradients(tensors, activation, pool, "reference")
+        output, grads = case.gradients(case.tensors(device=device), activation, pool, backend)
+        assert error(output.cpu(), expected) < 1e-13
+        for grad, expected_grad in zip(grads, expected_grads, strict=True):
+            assert error(grad.cpu(), expected_grad) < 1e-12
+        return
     exact = case.gradients(tuple(t.double() if t is not None else None for t in tensors), activation, pool, "reference")
     plain = case.gradients(tensors, activation, pool, "reference")
     on_device = tuple(t.to(device) if t is not None else None for t in tensors)
@@ -62,12 +72,7 @@ def assert_as_accurate_as_pytorch(case, dtype, device, backend, activation, pool
 @every_case
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_float64(case, activation, pool, implementation):
-    device, backend = implementation
-    expected, expected_grads = case.gradients(case.tensors(), activation, pool, "reference")
-    output, grads = case.gradients(case.tensors(device=device), activation, pool, backend)
-    assert error(output.cpu(), expected) < 1e-13
-    for grad, expected_grad in zip(grads, expected_grads, strict=True):
-        assert error(grad.cpu(), expected_grad) < 1e-12
+    assert_as_accurate_as_pytorch(case, torch.float64, *implementation, activation, pool)
 
 
 @implementation
