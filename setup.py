@@ -25,10 +25,11 @@ CXX_FLAGS += ["-ffp-contract=fast", "-fno-math-errno"]  # multiply-adds; square 
 CXX_FLAGS += ["-Werror"] if os.environ.get("LENET_FAST_WERROR") == "1" else []
 CXX_FLAGS += ["-Wno-psabi", "-Wno-unused-parameter"]  # vectors by value; PyTorch's own headers
 CXX_FLAGS += ["-g0"]  # torch asks for debug information: ten times the size
-# The longest first: variant_avx512.cpp alone takes as long as all others together.
-CPU_VARIANTS = ["cpu/variant_avx512.cpp", "cpu/variant_avx2.cpp", "cpu/variant_portable.cpp"]
-CPU_SOURCES = [*CPU_VARIANTS, "bind_cpu.cpp", "bind_inference.cpp", "bind_training.cpp"]
-
+CPU_VARIANTS = ["cpu/variant_portable.cpp", "cpu/variant_avx2.cpp", "cpu/variant_avx512.cpp"]
+CPU_SOURCES = ["bind_cpu.cpp", "bind_inference.cpp", "bind_training.cpp", *CPU_VARIANTS]
+LONGEST = "csrc/cpu/variant_avx512.cpp"  # to compile: it takes as long as all others together
+# Ninja would run two more compilers than there are cores, and the longest would share a core with them.
+os.environ["MAX_JOBS"] = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
 
 CUDA_CHOICES = ("0", "1", "auto", "only")
 
@@ -60,10 +61,14 @@ class Build(BuildExtension):
         if self.editable_mode:  # setuptools would compile everything anew, in a folder that it deletes afterwards
             self.build_temp = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
 
+    def swig_sources(self, sources: list[str], extension: CppExtension) -> list[str]:
+        """What is compiled in this order, now that distutils has sorted it by name: the longest first."""
+        return sorted(sources, key=lambda source: source != LONGEST)
+
     def build_extension(self, extension: CppExtension) -> None:
         if extension.name == "lenet_fast._C_cuda":
             kernels = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
-            with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+            with ThreadPoolExecutor(int(os.environ["MAX_JOBS"])) as pool:
                 extension.extra_objects = [*pool.map(self.compile_kernels, kernels), *extension.extra_objects]
         super().build_extension(extension)
 

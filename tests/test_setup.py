@@ -19,6 +19,7 @@ def build(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
     monkeypatch.setattr(sys, "path", sys.path[:])  # to which setup.py adds
+    monkeypatch.setenv("MAX_JOBS", "2")
     namespace = runpy.run_path("setup.py")
     distribution = setuptools.Distribution({"ext_modules": namespace["extensions"]()})
     return namespace["Build"](distribution)
@@ -34,6 +35,13 @@ def test_an_editable_installation_compiles_where_a_build_in_place_does(build):
     build.ensure_finalized()
     assert build.build_temp == expected
     assert build.inplace
+
+
+def test_the_longest_source_is_compiled_first(build):
+    (extension,) = [each for each in build.distribution.ext_modules if each.name == "lenet_fast._C"]
+    first, *others = build.swig_sources(sorted(extension.sources), extension)
+    assert Path(first).name == "variant_avx512.cpp"
+    assert {first, *others} == set(extension.sources)
 
 
 def test_a_cuda_source_is_compiled_again_only_after_a_change(build, tmp_path, monkeypatch):
