@@ -23,13 +23,10 @@ from lenet_fast import backends, env, functional, ops
 
 TESTS = Path(__file__).parent
 OPERATORS = [f"{name}{direction}" for name in ops.dispatched for direction in ("", "_backward")]
-SUITES = {
-    "operators": ("test_operators.py", "cpu-triton and (not float64 or sigmoid or n16-2x9x11)"),
-    "transforms": (
-        "test_transforms.py",
-        "cpu-triton and (tanh-n2-2x7x6-3k3p1-avg or tanh-n2-2x7x6-3k3p1-subsample or per-sample or ensemble)",
-    ),
-    "kernels": ("test_triton.py", "interpreted"),
+SUITES = {  # the files themselves make less of their tests where Triton is interpreted
+    "operators": ["test_operators.py", "-k", "cpu-triton"],
+    "transforms": ["test_transforms.py", "-k", "cpu-triton"],
+    "kernels": ["test_triton.py", "-m", "interpreted"],
 }
 
 needs_triton = pytest.mark.skipif(
@@ -42,9 +39,9 @@ compiled = pytest.mark.skipif(INTERPRETED, reason="runs where Triton compiles")
 @compiled
 @pytest.mark.parametrize("suite", SUITES)
 def test_under_the_interpreter(suite):
-    file, selection = SUITES[suite]
+    file, *selection = SUITES[suite]
     # NumPy, which computes there, warns of what the tests do on purpose: infinities.
-    command = [sys.executable, "-m", "pytest", TESTS / file, "-k", selection, "-W", "ignore::RuntimeWarning"]
+    command = [sys.executable, "-m", "pytest", TESTS / file, *selection, "-W", "ignore::RuntimeWarning"]
     done = subprocess.run(
         command, cwd=TESTS.parent, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )
@@ -55,9 +52,12 @@ def test_under_the_interpreter(suite):
 
 # --- under the interpreter -------------------------------------------------------------------------------------------
 
-interpreted = pytest.mark.skipif(
-    not INTERPRETED, reason="runs under Triton's interpreter, by test_under_the_interpreter"
-)
+
+def interpreted(test):
+    reason = "runs under Triton's interpreter, by test_under_the_interpreter"
+    return pytest.mark.interpreted(pytest.mark.skipif(not INTERPRETED, reason=reason)(test))
+
+
 TILED = [
     replace(LENET_C1, batch=9),
     Case(5, 3, 7, 6, 11, 3, table=random_table(11, 3)),  # the last tile of maps is not full
