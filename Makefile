@@ -24,7 +24,7 @@ $(VENV)/.requirements: requirements-dev.txt
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.requirements pyproject.toml $(SOURCES)
-	@echo "building the native libraries: about two and a half minutes on two cores"
+	@echo "building the native libraries: about two minutes on two cores"
 	@$(BIN)/python -m pip install --verbose --disable-pip-version-check --no-build-isolation --no-deps \
 		--config-settings editable_mode=compat -e . > $(VENV)/build.log 2>&1 || (cat $(VENV)/build.log; exit 1)
 	@grep -o -m 1 'lenet_fast: .*' $(VENV)/build.log || true
