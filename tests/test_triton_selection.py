@@ -121,6 +121,12 @@ def test_the_selection_leaves_nothing_out(compilations):
             assert values(kernel.__name__, constant) == {(value,) for value in expected}, (kernel, constant)
 
 
+@counted
+def test_the_back_end_is_in_the_tests_names():
+    """With which a GPU machine selects them, and a pretended one, too."""
+    assert [each.id for each in TRITON] == ["cuda-triton"]
+
+
 def test_no_other_test_is_in_the_selection():
     """Whose compilations nobody would count."""
     tests = Path(__file__).parent
