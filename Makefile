@@ -25,9 +25,9 @@ $(VENV)/.requirements: requirements-dev.txt
 
 $(VENV)/.installed: $(VENV)/.requirements pyproject.toml $(SOURCES)
 	@echo "building the native libraries: about two minutes on two cores"
-	@$(BIN)/python setup.py --quiet build_ext --inplace > $(VENV)/build.log 2>&1 || (cat $(VENV)/build.log; exit 1)
-	@grep '^lenet_fast:' $(VENV)/build.log || true
-	@$(PIP) install --no-build-isolation --no-deps --config-settings editable_mode=compat -e .
+	@$(BIN)/python -m pip install --verbose --disable-pip-version-check --no-build-isolation --no-deps \
+		--config-settings editable_mode=compat -e . > $(VENV)/build.log 2>&1 || (cat $(VENV)/build.log; exit 1)
+	@grep -o -m 1 'lenet_fast: .*' $(VENV)/build.log || true
 	@touch $@
 
 # What only the tests of interchange need (Flax, Lightning, ONNX): 0.9 GB.

@@ -30,7 +30,9 @@ CXX_FLAGS += ["-Wno-psabi", "-Wno-unused-parameter"]  # vectors by value; PyTorc
 CXX_FLAGS += ["-g0"]  # torch asks for debug information: ten times the size
 CPU_VARIANTS = ["cpu/variant_portable.cpp", "cpu/variant_avx2.cpp", "cpu/variant_avx512.cpp"]
 CPU_SOURCES = ["bind_cpu.cpp", "bind_inference.cpp", "bind_training.cpp", *CPU_VARIANTS]
-
+LONGEST = "csrc/cpu/variant_avx512.cpp"  # to compile: it takes as long as all others together
+# Ninja would run two more compilers than there are cores, and the longest would share a core with them.
+os.environ["MAX_JOBS"] = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
 
 CUDA_CHOICES = ("0", "1", "auto", "only")
 
@@ -57,25 +59,38 @@ def wants_cuda() -> bool:
 class Build(BuildExtension):
     """Compiles the .cu files of _C_cuda with nvcc itself: they know nothing of PyTorch, which may be a CPU build."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.editable_mode:  # setuptools would compile everything anew, in a folder that it deletes afterwards
+            self.build_temp = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
+
+    def swig_sources(self, sources: list[str], extension: CppExtension) -> list[str]:
+        """What is compiled in this order, now that distutils has sorted it by name: the longest first."""
+        return sorted(sources, key=lambda source: source != LONGEST)
+
     def build_extension(self, extension: CppExtension) -> None:
         if extension.name == "lenet_fast._C_cuda":
             kernels = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
-            with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+            with ThreadPoolExecutor(int(os.environ["MAX_JOBS"])) as pool:
                 extension.extra_objects = [*pool.map(self.compile_kernels, kernels), *extension.extra_objects]
         super().build_extension(extension)
 
     def compile_kernels(self, source: str) -> str:
         clocked = os.environ.get("LENET_FAST_CLOCKS") == "1" and Path(source).name == "train_network.cu"
         target = Path(self.build_temp).absolute() / f"{Path(source).stem}{'.clocks' if clocked else ''}.cuda.o"
+        flags = [*cuda_toolkit.NVCC_FLAGS, *cuda_toolkit.architecture_flags()]
+        flags += ["-DLENET_FAST_CLOCKS"] if clocked else []
+        host_flags = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
+        command = [str(cuda_toolkit.find_nvcc()), *flags, *host_flags, "-c", source, "-o", str(target)]
+        compiled_by = target.with_suffix(".command")  # what the object was compiled by: other flags make another object
         newest = max(path.stat().st_mtime for folder in ("csrc", "csrc/cuda") for path in Path(folder).glob("*.*"))
-        if not target.exists() or target.stat().st_mtime < newest or self.force:
+        is_current = target.exists() and target.stat().st_mtime >= newest
+        if not is_current or not compiled_by.exists() or compiled_by.read_text() != " ".join(command):
             target.parent.mkdir(parents=True, exist_ok=True)
-            flags = [*cuda_toolkit.NVCC_FLAGS, *cuda_toolkit.architecture_flags()]
-            flags += ["-DLENET_FAST_CLOCKS"] if clocked else []
-            host_flags = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
-            command = [str(cuda_toolkit.find_nvcc()), *flags, *host_flags, "-c", source, "-o", str(target)]
+            compiled_by.unlink(missing_ok=True)
             if subprocess.run(command).returncode != 0:
                 raise SystemExit(f"lenet_fast: {source} does not compile: {' '.join(command)}")
+            compiled_by.write_text(" ".join(command))
         return str(target)
 
 

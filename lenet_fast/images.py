@@ -1,4 +1,4 @@
-"""From the picture of a drawn digit to a network's answer: reading it as MNIST was made, and running the network.
+"""Reads the picture of a drawn digit as MNIST was made, and draws what the network saw of it.
 
 Reading needs Pillow, which is imported only then.
 """
@@ -154,9 +154,6 @@ def _normalise(ink: np.ndarray) -> np.ndarray:
     )
     field[top : top + height, left : left + width] = np.rint(255 * small)
     return field
-
-
-# ---- A network's answer
 
 
 # ---- Pictures of our own

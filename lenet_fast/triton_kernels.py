@@ -22,7 +22,7 @@ from . import reference
 AMPLITUDE = tl.constexpr(reference.SCALED_TANH_AMPLITUDE)
 SLOPE = tl.constexpr(reference.SCALED_TANH_SLOPE)
 
-# --- activations, with the formulas of csrc/cpu/vec.h: tl.exp and tl.sigmoid lose digits where |x| is large -----------
+# --- activations, with the formulas of csrc/cpu/vec_math.h: tl.exp and tl.sigmoid lose digits where |x| is large ------
 
 
 @triton.jit

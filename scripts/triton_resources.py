@@ -10,7 +10,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from importlib import metadata
+from contextlib import contextmanager
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -79,10 +80,29 @@ def _tensors(
 
 
 def launches() -> list[tuple]:
-    """(kernel's name, signature, constants, divisible arguments, warps) of every launch of the calls, once each."""
-    from lenet_fast import ops, triton_conv, triton_dense
+    """Every launch of the calls, as `recorded` has them, once each."""
+    from lenet_fast import ops
 
-    found = {}
+    with recorded() as found:
+        for name, arguments in calls():
+            output = ops.triton[name].run_triton(*arguments)
+            tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+            needs = (tensors[0].shape[1] > 1, *(True for _ in tensors[1:]))  # nobody needs the gradient of the images
+            ops.triton[name].run_triton_backward(torch.empty_like(output), *arguments, *needs)
+    return list(found.values())
+
+
+@contextmanager
+def recorded() -> Iterator[dict[str, tuple]]:
+    """Record launches instead of running them: what Triton would compile, each distinct compilation once.
+
+    The values are (kernel's name, signature, constants, positions of arguments that 16 divides, warps): Triton compiles
+    a kernel anew for other types of its arguments, other constants, and another answer to whether an integer is 1 and
+    whether 16 divides an integer or an address.
+    """
+    from lenet_fast import triton_conv, triton_dense
+
+    found: dict[str, tuple] = {}
 
     def record(kernel: Any, grid: tuple, *args: Any, **options: Any) -> None:
         warps = options.pop("num_warps", 4)
@@ -90,9 +110,10 @@ def launches() -> list[tuple]:
         signature, constants, divisible = {}, {}, []
         for position, name in enumerate(kernel.arg_names):
             value = values[name]
-            if isinstance(value, torch.Tensor):  # as Triton specialises at run time
+            if isinstance(value, torch.Tensor):
                 signature[name] = f"*{DTYPES[value.dtype]}"
-                divisible.append(position)
+                if value.data_ptr() % 16 == 0:  # a tensor without data has address 0
+                    divisible.append(position)
             elif name in options or value == 1:
                 signature[name] = "constexpr"
                 constants[position] = value
@@ -104,12 +125,7 @@ def launches() -> list[tuple]:
         found[repr(launch)] = launch
 
     with mock.patch.object(triton_conv, "launch", record), mock.patch.object(triton_dense, "launch", record):
-        for name, arguments in calls():
-            output = ops.triton[name].run_triton(*arguments)
-            tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
-            needs = (tensors[0].shape[1] > 1, *(True for _ in tensors[1:]))  # nobody needs the gradient of the images
-            ops.triton[name].run_triton_backward(torch.empty_like(output), *arguments, *needs)
-    return list(found.values())
+        yield found
 
 
 def compile_launch(launch: tuple, architecture: int) -> Resources:
@@ -145,11 +161,15 @@ def compile_launch(launch: tuple, architecture: int) -> Resources:
 
 
 def kernels() -> list[Any]:
-    """The kernels of the package, functions that kernels call not among them."""
-    from lenet_fast import triton_dense_kernels, triton_kernels
+    """The kernels of the package: the functions that Triton compiles and that no other such function calls."""
+    from triton import JITFunction
 
-    found = vars(triton_kernels) | vars(triton_dense_kernels)
-    return [value for name, value in found.items() if name.endswith("_kernel")]
+    functions: dict[str, Any] = {}
+    for path in sorted(ROOT.glob("lenet_fast/triton_*kernels.py")):
+        members = vars(import_module(f"lenet_fast.{path.stem}"))
+        functions |= {name: value for name, value in members.items() if isinstance(value, JITFunction)}
+    called = {name for function in functions.values() for name in function.fn.__code__.co_names}
+    return [function for name, function in functions.items() if name not in called]
 
 
 def compile_all() -> list[Resources]:

@@ -1,11 +1,12 @@
 """Cases for the operator tests: one description of a call, run through any back end and through the reference.
 
-Every test that takes a case runs on dense, sparse and subsampling convolutions alike.
+Every test that takes a `Case` runs on dense, sparse and subsampling convolutions alike.
 """
 
 import os
 import random
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
@@ -21,8 +22,8 @@ POOLS = tuple(reference.POOLS)
 def implementations() -> list:
     """(device type, backend) pairs to test; those that this machine lacks are skipped with the reason."""
     pairs = [("cpu", "native"), ("cpu", "reference"), ("cuda", "native"), ("cuda", "triton")]
-    if INTERPRETED:
-        pairs = [("cpu", "triton")]
+    if INTERPRETED:  # on the CPU, and on what is a GPU only in name: tests/pretend_cuda.py
+        pairs = [("cpu", "triton"), ("cuda", "triton")]
     parameters = []
     for device, backend in pairs:
         reason = backends.why_unavailable(backend, device)
@@ -33,8 +34,22 @@ def implementations() -> list:
     return parameters
 
 
+class Call:
+    """What can be run on its own tensors through any back end."""
+
+    def gradients(self, tensors, activation="sigmoid", pool="avg", backend="auto", seed=1):
+        """Output, and the gradients of a fixed random weighting of it."""
+        leaves = tuple(t.detach().requires_grad_() if t is not None else None for t in tensors)
+        output = self.run(leaves, activation, pool, backend)
+        generator = torch.Generator().manual_seed(seed)
+        grad_output = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+        grad_output = grad_output.to(output.dtype).to(output.device)
+        present = [t for t in leaves if t is not None]
+        return output.detach(), torch.autograd.grad(output, present, grad_output)
+
+
 @dataclass(frozen=True)
-class Case:
+class Case(Call):
     """Shapes of one fused convolution: dense, sparse (with a table) or followed by trainable subsampling."""
 
     batch: int
@@ -96,15 +111,35 @@ class Case:
             return torch.ops.lenet_fast.sparse_conv_act_pool(*tensors, *options)
         return torch.ops.lenet_fast.conv_act_pool(*tensors, self.padding, activation, pool)
 
-    def gradients(self, tensors, activation="sigmoid", pool="avg", backend="auto", seed=1):
-        """Output, and the gradients of a fixed random weighting of it."""
-        leaves = tuple(t.detach().requires_grad_() if t is not None else None for t in tensors)
-        output = self.run(leaves, activation, pool, backend)
+
+@dataclass(frozen=True)
+class DenseCase(Call):
+    """Shapes of `linear_act`, or of `rbf`, which has neither bias nor activation."""
+
+    operator: str
+    batch: int
+    features: int
+    outputs: int
+    bias: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.operator}-n{self.batch}-{self.features}to{self.outputs}{'' if self.bias else '-nobias'}"
+
+    def tensors(self, dtype=torch.float64, device="cpu", seed=0) -> tuple:
+        """Input and weight (or codes), and the bias (or None) of `linear_act`."""
         generator = torch.Generator().manual_seed(seed)
-        grad_output = torch.randn(output.shape, generator=generator, dtype=torch.float64)
-        grad_output = grad_output.to(output.dtype).to(output.device)
-        present = [t for t in leaves if t is not None]
-        return output.detach(), torch.autograd.grad(output, present, grad_output)
+        draw = partial(torch.randn, generator=generator, dtype=torch.float64)
+        weight = draw(self.outputs, self.features) / self.features**0.5
+        tensors = draw(self.batch, self.features), weight, draw(self.outputs)
+        on_device = [t.to(dtype).to(device) for t in tensors]
+        if self.operator == "rbf":
+            return tuple(on_device[:2])
+        return (*on_device[:2], on_device[2] if self.bias else None)
+
+    def run(self, tensors, activation="sigmoid", pool=None, backend="auto"):
+        if self.operator == "rbf":
+            return functional.rbf(*tensors, backend=backend)
+        return functional.linear_act(*tensors, activation=activation, backend=backend)
 
 
 def random_table(out_channels, in_channels, seed=0) -> Connections:

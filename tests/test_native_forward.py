@@ -308,14 +308,13 @@ def test_copies_are_on_their_own(calls):
     assert len(calls) == 7
 
 
-def test_the_images_may_be_of_several_sizes(calls):
-    model = nn.Sequential()
+def test_images_of_another_size_are_an_error_as_in_pytorch_and_change_nothing(calls):
     model = build("lenet1")
-    model.flatten = nn.Flatten()
     assert_as_the_layers(model, images_for(model))
-    with torch.inference_mode(), pytest.raises(RuntimeError):
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
         model(torch.rand(2, 1, 40, 40, dtype=torch.float64))
     assert_as_the_layers(model, images_for(model))
+    assert len(calls) == 2
 
 
 def test_definitions_are_released_with_the_model(monkeypatch):

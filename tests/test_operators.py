@@ -43,8 +43,18 @@ def error(actual, expected):
 
 
 def assert_as_accurate_as_pytorch(case, dtype, device, backend, activation, pool):
-    """No more than 2x (forward) or 3x (gradients) the error of PyTorch's own operators in the same dtype."""
+    """No more than 2x (forward) or 3x (gradients) the error of PyTorch's own operators in the same dtype.
+
+    In float64, of which nothing here is more exact: equal to PyTorch's own but for some roundings.
+    """
     tensors = case.tensors(dtype)
+    if dtype == torch.float64:
+        expected, expected_grads = case.gradients(tensors, activation, pool, "reference")
+        output, grads = case.gradients(case.tensors(device=device), activation, pool, backend)
+        assert error(output.cpu(), expected) < 1e-13
+        for grad, expected_grad in zip(grads, expected_grads, strict=True):
+            assert error(grad.cpu(), expected_grad) < 1e-12
+        return
     exact = case.gradients(tuple(t.double() if t is not None else None for t in tensors), activation, pool, "reference")
     plain = case.gradients(tensors, activation, pool, "reference")
     on_device = tuple(t.to(device) if t is not None else None for t in tensors)
@@ -59,20 +69,30 @@ def assert_as_accurate_as_pytorch(case, dtype, device, backend, activation, pool
 
 
 @implementation
-@every_case
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("case", "pool", "activation"),
+    [
+        pytest.param(case, pool, activation, id=f"{activation}-{case}-{pool}")
+        for activation in ACTIVATIONS
+        for case in CASES
+        for pool in case.pools
+        if not INTERPRETED or activation == "sigmoid" or (case.height, case.width) == (ODD.height, ODD.width)
+    ],
+)
 def test_float64(case, activation, pool, implementation):
-    device, backend = implementation
-    expected, expected_grads = case.gradients(case.tensors(), activation, pool, "reference")
-    output, grads = case.gradients(case.tensors(device=device), activation, pool, backend)
-    assert error(output.cpu(), expected) < 1e-13
-    for grad, expected_grad in zip(grads, expected_grads, strict=True):
-        assert error(grad.cpu(), expected_grad) < 1e-12
+    assert_as_accurate_as_pytorch(case, torch.float64, *implementation, activation, pool)
 
 
 @implementation
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("seed", range(2 if INTERPRETED else 10))
+@pytest.mark.parametrize(
+    ("seed", "dtype"),
+    [
+        pytest.param(0, torch.float32, marks=pytest.mark.cuda_host),
+        *((seed, torch.float32) for seed in range(1, 2 if INTERPRETED else 10)),
+        *((seed, torch.float64) for seed in range(0 if INTERPRETED else 10)),
+    ],
+    ids=str,
+)
 def test_random_shapes(seed, dtype, implementation):
     """Where tiles, bands and vectors end anywhere."""
     device, backend = implementation
@@ -127,6 +147,7 @@ def test_strides(case, layout, implementation):
         assert error(grad.cpu(), expected_grad) < 1e-12
 
 
+@pytest.mark.cuda_host
 @implementation
 def test_expanded_tensors_and_gradients(implementation):
     device, backend = implementation
@@ -143,6 +164,7 @@ def test_expanded_tensors_and_gradients(implementation):
     assert error(results[0][1], results[1][1]) < 1e-12
 
 
+@pytest.mark.cuda_host
 @implementation
 @pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1)], ids=str)
 def test_only_the_wanted_gradients(needs, implementation):
@@ -160,6 +182,7 @@ def test_only_the_wanted_gradients(needs, implementation):
             assert leaf.grad is None
 
 
+@pytest.mark.cuda_host
 @implementation
 def test_unbatched_input_and_padding_names(implementation):
     device, backend = implementation
@@ -182,6 +205,7 @@ def test_one_window_over_the_whole_input(batch, activation):
         assert error(grad, expected_grad) < 1e-12
 
 
+@pytest.mark.cuda_host
 @implementation
 @pytest.mark.parametrize("pool", POOLS)
 def test_nan_and_infinity_propagate_as_in_pytorch(pool, implementation):
@@ -212,6 +236,7 @@ def test_what_is_not_finite_stays_where_it_belongs(value):
     torch.testing.assert_close(output[finite], expected[finite])
 
 
+@pytest.mark.cuda_host
 @implementation
 @pytest.mark.parametrize("activation", ["sigmoid", "tanh", "scaled_tanh"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -315,6 +340,7 @@ def test_a_large_batch_keeps_no_record():
             backward(output, wrong, input, *arguments, *needs)
 
 
+@pytest.mark.cuda_host
 def test_infinite_pixels_reach_only_the_weights_that_see_them():
     """An odd convolution width is computed rounded up: what is computed too much must not mix 0 * inf in."""
     case = Case(2, 1, 7, 7, 2, 3)

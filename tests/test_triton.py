@@ -8,14 +8,14 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from operators import INTERPRETED, LENET_C1, SMALL_CASES, SPARSE_C3, Case, random_table
+from operators import INTERPRETED, LENET_C1, SMALL_CASES, SPARSE_C3, Case, DenseCase, random_table
+from test_operators import assert_as_accurate_as_pytorch
 from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import gradgradcheck
 
@@ -23,13 +23,10 @@ from lenet_fast import backends, env, functional, ops
 
 TESTS = Path(__file__).parent
 OPERATORS = [f"{name}{direction}" for name in ops.dispatched for direction in ("", "_backward")]
-SUITES = {
-    "operators": ("test_operators.py", "cpu-triton and (not float64 or sigmoid or n16-2x9x11)"),
-    "transforms": (
-        "test_transforms.py",
-        "cpu-triton and (tanh-n2-2x7x6-3k3p1-avg or tanh-n2-2x7x6-3k3p1-subsample or per-sample or ensemble)",
-    ),
-    "kernels": ("test_triton.py", "interpreted"),
+SUITES = {  # the files themselves make less of their tests where Triton is interpreted
+    "operators": ["test_operators.py", "-k", "cpu-triton"],
+    "transforms": ["test_transforms.py", "-k", "cpu-triton"],
+    "kernels": ["test_triton.py", "-m", "interpreted"],
 }
 
 needs_triton = pytest.mark.skipif(
@@ -42,9 +39,9 @@ compiled = pytest.mark.skipif(INTERPRETED, reason="runs where Triton compiles")
 @compiled
 @pytest.mark.parametrize("suite", SUITES)
 def test_under_the_interpreter(suite):
-    file, selection = SUITES[suite]
+    file, *selection = SUITES[suite]
     # NumPy, which computes there, warns of what the tests do on purpose: infinities.
-    command = [sys.executable, "-m", "pytest", TESTS / file, "-k", selection, "-W", "ignore::RuntimeWarning"]
+    command = [sys.executable, "-m", "pytest", TESTS / file, *selection, "-W", "ignore::RuntimeWarning"]
     done = subprocess.run(
         command, cwd=TESTS.parent, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )
@@ -55,9 +52,12 @@ def test_under_the_interpreter(suite):
 
 # --- under the interpreter -------------------------------------------------------------------------------------------
 
-interpreted = pytest.mark.skipif(
-    not INTERPRETED, reason="runs under Triton's interpreter, by test_under_the_interpreter"
-)
+
+def interpreted(test):
+    reason = "runs under Triton's interpreter, by test_under_the_interpreter"
+    return pytest.mark.interpreted(pytest.mark.skipif(not INTERPRETED, reason=reason)(test))
+
+
 TILED = [
     replace(LENET_C1, batch=9),
     Case(5, 3, 7, 6, 11, 3, table=random_table(11, 3)),  # the last tile of maps is not full
@@ -110,50 +110,28 @@ def check(case, activation, pool):
     torch.testing.assert_close(grads, expected_grads, rtol=1e-11, atol=1e-11)
 
 
-DENSE = {
-    "linear_act": lambda x, w, b, backend: functional.linear_act(x, w, b, activation="scaled_tanh", backend=backend),
-    "linear_act without bias": lambda x, w, b, backend: functional.linear_act(x, w, activation="relu", backend=backend),
-    "rbf": lambda x, w, b, backend: functional.rbf(x, w, backend=backend),
-}
+DENSE = [
+    DenseCase(operator, *shape, bias)
+    for operator, bias in (("linear_act", True), ("linear_act", False), ("rbf", False))
+    for shape in ((5, 84, 10), (70, 33, 40), (0, 7, 3), (2, 1, 1))
+]
 
 
 @interpreted
-@pytest.mark.parametrize("operator", DENSE)
-@pytest.mark.parametrize("shape", [(5, 84, 10), (70, 33, 40), (0, 7, 3), (2, 1, 1)], ids=str)
-def test_interpreted_dense_operators(operator, shape):
-    call, (batch, features, outputs) = DENSE[operator], shape
-    generator = torch.Generator().manual_seed(0)
-    draw = partial(torch.randn, generator=generator, dtype=torch.float64)
-    tensors = [draw(batch, features), draw(outputs, features) / features**0.5, draw(outputs)]
-    grad_output = draw(batch, outputs)
-
-    def run(dtype, backend):
-        leaves = [t.to(dtype).detach().requires_grad_() for t in tensors]
-        output = call(*leaves, backend)
-        grads = torch.autograd.grad(output, leaves, grad_output.to(dtype), allow_unused=True)
-        return [output.detach(), *(g for g in grads if g is not None)]
-
-    exact = run(torch.float64, "reference")
-    torch.testing.assert_close(run(torch.float64, "triton"), exact, rtol=1e-11, atol=1e-12)
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):  # tests/test_operators.py has the rule
-        results = zip(run(dtype, "triton"), run(dtype, "reference"), exact, strict=True)
-        for index, (result, plain, expected) in enumerate(results):
-            assert result.dtype == dtype
-            if expected.numel():
-                scale = expected.abs().max().clamp_min(1e-30)
-                allowed = max((plain - expected).abs().max() / scale, torch.finfo(dtype).eps * 4)
-                assert (result - expected).abs().max() / scale <= (2 if index == 0 else 3) * allowed
+@pytest.mark.parametrize("case", DENSE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_interpreted_dense_operators(case, dtype):
+    assert_as_accurate_as_pytorch(case, dtype, "cpu", "triton", "scaled_tanh" if case.bias else "relu", None)
 
 
 @interpreted
-@pytest.mark.parametrize("operator", DENSE)
-def test_interpreted_dense_operators_differentiate_twice(operator):
-    tensors = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 4), (2, 4), (2,))]
-    assert gradgradcheck(lambda *t: DENSE[operator](*t, "triton"), tensors)
-    vmapped = torch.func.vmap(lambda x: DENSE[operator](x, *tensors[1:], "triton"))(
-        torch.stack([tensors[0], -tensors[0]])
-    )
-    torch.testing.assert_close(vmapped[1], DENSE[operator](-tensors[0], *tensors[1:], "reference"))
+@pytest.mark.parametrize("case", [replace(case, batch=3, features=4, outputs=2) for case in DENSE[::4]], ids=str)
+def test_interpreted_dense_operators_differentiate_twice(case):
+    tensors = tuple(t if t is None else t.requires_grad_() for t in case.tensors())
+    assert gradgradcheck(lambda *t: case.run(t, "scaled_tanh", backend="triton"), tensors)
+    input, *others = tensors
+    vmapped = torch.func.vmap(lambda x: case.run((x, *others), backend="triton"))(torch.stack([input, -input]))
+    torch.testing.assert_close(vmapped[1], case.run((-input, *others), backend="reference"))
 
 
 # --- where they run, and why not --------------------------------------------------------------------------------------

@@ -54,11 +54,13 @@ def test_float64(case, pool, activation):
         assert error(grad, expected_grad) < 1e-12
 
 
+@pytest.mark.races
 @every_case
 def test_float32(case, pool, activation):
     assert_as_accurate_as_pytorch(case, torch.float32, "cpu", "native", activation, pool)
 
 
+@pytest.mark.races
 @pytest.mark.parametrize("case", [*LENETS, ODD], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_shorter_dtypes(case, dtype):
@@ -75,6 +77,7 @@ def test_strides(case, layout):
     torch.testing.assert_close(output, expected, rtol=0, atol=0)
 
 
+@pytest.mark.races
 @pytest.mark.parametrize("case", LENETS, ids=str)
 def test_many_images(case, multiprocessors):
     assert_as_accurate_as_pytorch(replace(case, batch=21), torch.float32, "cpu", "native", "tanh", case.pools[0])
@@ -117,6 +120,7 @@ SKIPPED += [(case, "backward", barrier) for case in LENETS for barrier in (0, 1,
 SKIPPED += [(ODD, "forward", 1), *((ODD, "backward", barrier) for barrier in (0, 1, 2, 3))]
 
 
+@pytest.mark.only_races
 @pytest.mark.parametrize(("case", "direction", "barrier"), SKIPPED, ids=str)
 def test_a_skipped_barrier_is_seen(case, direction, barrier, monkeypatch):
     """Planted in the package's own kernels: all threads run through their n-th __syncthreads."""

@@ -70,7 +70,7 @@ def build(name):
     return models.MODELS[name]()
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("settings", [SETTINGS[0], pytest.param(SETTINGS[1], marks=pytest.mark.races), *SETTINGS[2:]])
 @pytest.mark.parametrize("name", models.MODELS)
 def test_models(monkeypatch, name, settings):
     if name == "lenet5-1998" and settings["optimizer"] == "sgd":
@@ -124,6 +124,7 @@ OTHERS = dict(other_networks())
 SHAPES = {"one-dense": (12, 2), "sparse-odd": (9, 1), "three-convolutions": (14, 1)}  # size, channels
 
 
+@pytest.mark.races
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_networks(monkeypatch, name):
     size, channels = SHAPES[name]
@@ -349,7 +350,7 @@ def test_a_watched_run_is_the_run(monkeypatch, device):
 
 
 @pytest.mark.parametrize("cooperative", ["1", "0"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+@pytest.mark.parametrize("error", [pytest.param(KeyboardInterrupt, marks=pytest.mark.races), ZeroDivisionError])
 def test_an_interruption_ends_the_launch_between_steps(monkeypatch, device, error, cooperative):
     monkeypatch.setenv("CUDA_HOST_COOPERATIVE", cooperative)
 
@@ -431,6 +432,7 @@ def test_a_device_without_cooperative_launches_can_be_tried(monkeypatch, tmp_pat
     assert [name for name in kernels[1] if "phase" in name] == ["train_images_phase", "update_phase"] * 2
 
 
+@pytest.mark.races
 @pytest.mark.parametrize(("steps", "graphs"), [(16, 0), (35, 2)])
 @pytest.mark.parametrize("diverges", [False, True])
 def test_many_launches_are_graphs(monkeypatch, tmp_path, steps, graphs, diverges):
