@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 
 import pytest
 import torch
@@ -1012,29 +1013,59 @@ def test_a_step_whose_loss_is_not_finite_is_not_taken(name, size):
 
 
 def test_the_raw_operators_survive_anything():
-    """Random changes of a good call raise or run; they never crash the interpreter."""
+    """Random changes of a good call raise or run; they never crash the interpreter. Both happen to each operator."""
+    operators = torch.ops.lenet_fast
     model = build("lenet5-1998", torch.float32)
     network = Network.of(model)
     numbers, tensors = network.numbers((1, 32, 32)), network.tensors()
     images, labels = bytes_like(8)
     generator = random.Random(0)
-    raised = 0
-    for _ in range(300):
+    outcomes = Counter()
+
+    def attempt(operator, *arguments):
+        try:
+            result = operator(*arguments)
+        except RuntimeError:
+            outcomes[operator, "raised"] += 1
+            return None
+        outcomes[operator, "ran"] += 1
+        return result
+
+    def cut(values):
+        return values if generator.random() < 0.9 else values[: generator.randrange(len(values))]
+
+    def changed_numbers():
         changed = list(numbers)
-        for _ in range(generator.choice((1, 1, 2))):
+        for _ in range(generator.choice((0, 1, 1, 2))):
             value = generator.choice((-1, 0, 1, 2, 3, 7, 100, 2**20, 2**31, 2**62))
             changed[generator.randrange(12) if generator.random() < 0.7 else generator.randrange(len(changed))] = value
-        changed = changed[: generator.choice((len(changed), len(changed), generator.randrange(len(changed))))]
-        parameters = list(tensors)
+        return cut(changed)
+
+    def changed_tensors():
+        changed = [tensor.clone() for tensor in tensors]
         if generator.random() < 0.3:
-            parameters[generator.randrange(len(parameters))] = torch.zeros(generator.randrange(3))
-        trained = [tensor.clone() for tensor in parameters]
-        try:
-            torch.ops.lenet_fast.network_train(
-                changed, trained, [], [], [], [1] * (len(trained) - 1), images, labels, None, 8, 0.01, -0.1, "sgd",
-                [0.0] * 6, [0.0], 0.0,
-            )  # fmt: skip
-            torch.ops.lenet_fast.network_infer(changed, trained, images, 0.01, -0.1)
-        except RuntimeError:
-            raised += 1
-    assert raised > 200
+            changed[generator.randrange(len(changed))] = torch.zeros(generator.randrange(3))
+        return cut(changed)
+
+    def changed_images():
+        side = generator.choice((0, 1, 28, 30, 32, 32, 33))
+        if generator.random() < 0.5:
+            return torch.zeros(generator.choice((0, 1, 3, 40)), side, side, dtype=torch.uint8)
+        floats = torch.rand(generator.choice((0, 1, 3, 40)), generator.choice((0, 1, 1, 1, 2)), side, side)
+        return generator.choice((floats, floats, floats, floats.double(), floats.mT, floats.flatten(1)))
+
+    for _ in range(400):
+        trained = changed_tensors()
+        attempt(
+            operators.network_train, changed_numbers(), trained, [], [], [], [1] * (len(trained) - 1), images, labels,
+            None, 8, 0.01, -0.1, "sgd", [0.0] * 6, [0.0], 0.0,
+        )  # fmt: skip
+        handle = attempt(operators.network_define, changed_numbers())
+        if handle is not None:
+            for _ in range(4):
+                scores = attempt(operators.network_infer, handle, changed_tensors(), changed_images(), 0.01, -0.1)
+                assert scores is None or scores.dim() == 2
+            operators.network_release(handle)
+        assert attempt(operators.network_infer, handle or 2**40, tensors, images, 0.01, -0.1) is None
+    for operator in (operators.network_train, operators.network_define, operators.network_infer):
+        assert min(outcomes[operator, "ran"], outcomes[operator, "raised"]) > 40, outcomes
