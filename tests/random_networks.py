@@ -93,7 +93,7 @@ class _Growth:
         for _ in range(draw.choices((1, 2, 3, 4), (4, 5, 3, 1))[0]):
             self.grow(draw.choice(_CONVOLUTIONS))
             self.grow_anything()
-        if draw.random() < 0.7:
+        if draw.random() < 0.8:
             self.takes_windows = True
             self.grow(draw.choice((nn.Conv2d, *_CONVOLUTIONS)))
             self.takes_windows = False
@@ -109,7 +109,7 @@ class _Growth:
 
     def grow_anything(self) -> None:
         draw = self.draw
-        for _ in range(draw.choice((0, 1, 2, 3))):
+        for _ in range(draw.choice((0, 0, 1, 1, 2, 3))):
             what = draw.random()
             if what < 0.2:
                 self.grow(draw.choice(LINKS))
@@ -173,7 +173,7 @@ class _Growth:
         draw, shape = self.draw, self.output.shape
         channels, maps = min(shape[1], 18), draw.randint(1, 18)
         kernel_size = draw.choice((1, 2, 3, 3, 3, 4, 5, 5, 5, 6, 7, 7, 7))
-        paddings = [0, 0, "valid", draw.randint(0, kernel_size - 1), "same" if kernel_size % 2 else 0]
+        paddings = [0, "valid", draw.randint(1, kernel_size + 1), "same" if kernel_size % 2 else 0]
         if self.takes_windows and len(shape) == 4:
             kernel_size, paddings = shape[-1], [0, "valid"]
         last = len(shape) - 1
@@ -234,7 +234,7 @@ OPTIONS = {
         *_DENSE_OPTIONS,
         *(f"kernel size {size}" for size in (3, 5, 7, "any")),
         *(f"pool {name}" for name in (*reference.POOLS, "subsample")),
-        *("padding", "no padding", "table", "all connections"),
+        *("no padding", "padding", "padding beyond the kernel", "table", "all connections"),
     },
     "window": _DENSE_OPTIONS,
     "linear": _DENSE_OPTIONS,
@@ -253,7 +253,8 @@ def features(network: Drawn) -> list[tuple[str, set[str]]]:
             size = layer.module.kernel_size
             size = size if isinstance(size, int) else size[0]
             options.add(f"kernel size {size if size in (3, 5, 7) else 'any'}")  # three have code of their own
-            options.add("no padding" if layer.padding in (0, "valid") else "padding")
+            padding = {"valid": 0, "same": size // 2}.get(layer.padding, layer.padding)
+            options.add("no padding" if padding == 0 else "padding" if padding < size else "padding beyond the kernel")
             options.add(f"pool {layer.pool}")
             options.add("all connections" if layer.connections is None else "table")
         found.append(("convolution" if index < convolutions else "linear" if layer.is_dense else "window", options))

@@ -286,6 +286,37 @@ def test_float32_is_as_close_to_float64_as_pytorch_is(name, size):
     assert sorted(ratios)[2] < 1.5, ratios
 
 
+@pytest.mark.parametrize("number", [1, 16])
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "scaled_tanh"])
+def test_dense_values_and_derivatives_are_exact_to_a_few_roundings(activation, number):
+    """Of a dense layer's activation, over a sweep: both show in gradients of float32."""
+    z = torch.linspace(-9, 9, 1001).repeat_interleave(2)
+    layer = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "scaled_tanh": lf.nn.ScaledTanh}[activation]
+    model = nn.Sequential(
+        nn.Conv2d(1, 1, 1), nn.Flatten(), nn.Linear(4, len(z)), layer(), nn.Linear(len(z), 2, bias=True)
+    )
+    signs = torch.ones(len(z))
+    signs[1::2] = -1  # every value is there twice, and cancels in the scores
+    with torch.no_grad():
+        model[2].weight.zero_()
+        model[2].bias.copy_(z)
+        model[4].weight.copy_(torch.stack([signs, -signs]))
+        model[4].bias.zero_()
+    trainer = FusedTrainer(model, lr=0.0, momentum=0.5)
+    trainer.step(torch.zeros(number, 1, 2, 2), torch.zeros(number, dtype=torch.int64))
+    of_z, of_weight, of_scores = (
+        trainer.optimizer.state[parameter]["momentum_buffer"].double()
+        for parameter in (model[2].bias, model[4].weight, model[4].bias)
+    )
+    exact_z = z.double().requires_grad_()
+    values = layer()(exact_z)
+    (derivatives,) = torch.autograd.grad(values.sum(), exact_z)
+    roundings = 3 * torch.finfo(torch.float32).eps  # sums over images and scores
+    assert ((of_weight[0] / of_scores[0] - values).abs() <= 4 * 2**-23 * values.abs() + roundings * values.abs()).all()
+    error = (of_z * signs / (of_scores[0] - of_scores[1]) - derivatives).abs()
+    assert error.max() <= 4 * 2**-23 + roundings * derivatives.max()
+
+
 def trained(threads, dtype, name="lenet5-d2l", steps=10):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
