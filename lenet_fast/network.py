@@ -1,26 +1,26 @@
 """A whole LeNet as the native operators take it: what it is made of, its parameters, and its sizes for an image."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from . import functional, reference
-from .fusable import LeftAlone, is_observed, label, read_call, read_layer
+from .fusable import ACTIVATIONS, POOLS, LeftAlone, is_observed, label, read_call, read_layer
 from .nn import RBF, ConvActPool2d, ConvSubsample2d, FusedConv2d, SparseConvActPool2d
 from .tables import Connections
 from .tracing import trace_forward
 
-__all__ = ["Network", "NetworkError"]
+__all__ = ["LINKS", "Network", "NetworkError"]
 
 _ACTIVATIONS = tuple(reference.ACTIVATIONS)  # in the order of csrc/activation.h
 _POOLS = ("avg", "max", "none", "subsample")  # in the order of csrc/geometry.h
 _MOST_LAYERS = 4  # convolutions, and dense layers: csrc/network.h
 _FUSED = (ConvActPool2d, SparseConvActPool2d, ConvSubsample2d)
-_FLATTEN = {"flatten", torch.flatten}
 
 
 class NetworkError(ValueError):
@@ -108,54 +108,66 @@ class Network:
         node = None
         try:
             for node in _chain(model, trace.graph):
-                network._take(model, node)
+                network.take(model, node)
         except LeftAlone as why:
             raise NetworkError(f"{label(node)}: {why}") from None
         network._check()
         return network
 
-    def _take(self, model: nn.Module, node: fx.Node) -> None:
-        """Take in the next link of the chain."""
+    def take(self, model: nn.Module, node: fx.Node) -> None:
+        """Take in the next link of the chain, one of `LINKS`: a call of a layer of `model`, of a function or a method.
+
+        Raises:
+            LeftAlone: it is something else, or cannot follow what was taken in before.
+        """
         layer = model.get_submodule(node.target) if node.op == "call_module" else None
-        last = self.layers[-1] if self.layers else None
         if self.rbf is not None:
             raise LeftAlone("nothing can follow the RBF layer")
         if layer is not None and is_observed(layer):
             raise LeftAlone("it has hooks (pruning and weight norm are some) or a forward of its own")
-        if last is None and not isinstance(layer, (nn.Conv2d, *_FUSED)):
+        if not self.layers and not isinstance(layer, (nn.Conv2d, *_FUSED)):
             raise LeftAlone("a convolution has to come first")
-        if type(layer) in _FUSED:
-            self._take_convolution(_fused(node.target, layer))
-        elif type(layer) is nn.Linear:
-            if not (self._flattened or last.is_dense):
-                raise LeftAlone("a dense layer needs a flattening between it and the convolutions")
-            self.layers.append(_Layer(node.target, layer))
-        elif type(layer) is RBF:
-            if not (self._flattened or last.is_dense):
-                raise LeftAlone("an RBF layer needs a dense layer before it")
-            self.rbf = layer
-        elif type(layer) is nn.Flatten or node.target in _FLATTEN:
-            self._flatten(*_flatten_range(node, layer))
+        kind = node.target if layer is None else type(layer)
+        _TAKE.get(kind, Network._take_part)(self, node, layer)
+
+    def _take_fused(self, node: fx.Node, layer: FusedConv2d) -> None:
+        pool = "subsample" if isinstance(layer, ConvSubsample2d) else layer.pool
+        self._take_convolution(_Layer(node.target, layer, layer.activation, pool, layer.padding))
+
+    def _take_linear(self, node: fx.Node, layer: nn.Linear) -> None:
+        if not self._flattened:
+            raise LeftAlone("a dense layer needs a flattening between it and the convolutions")
+        self.layers.append(_Layer(node.target, layer))
+
+    def _take_rbf(self, node: fx.Node, layer: RBF) -> None:
+        if not self._flattened:
+            raise LeftAlone("an RBF layer needs a dense layer before it")
+        self.rbf = layer
+
+    def _take_flatten(self, node: fx.Node, layer: nn.Flatten | None) -> None:
+        start, end = _flatten_range(node, layer)
+        last = 1 if self._flattened else 3
+        if start not in (1, -last) or end not in (-1, last):
+            raise LeftAlone(f"flattens dimensions {start} to {end}, not 1 to -1")
+        self._flattened = True
+
+    def _take_part(self, node: fx.Node, layer: nn.Module | None) -> None:
+        """A plain convolution, an activation or a pooling."""
+        kind, value = read_call(node) if layer is None else read_layer(layer)
+        last = self.layers[-1] if self.layers else None
+        if kind == "convolution":
+            self._take_convolution(_Layer(node.target, layer, padding=value))
+        elif last.pool == "subsample":
+            raise LeftAlone(f"nothing can follow the subsampling of {last.name}")
+        elif kind == "pool" and self._flattened:
+            raise LeftAlone("a pooling cannot follow the flattening")
         else:
-            kind, value = read_call(node) if layer is None else read_layer(layer)
-            if kind == "convolution":
-                self._take_convolution(_Layer(node.target, layer, padding=value))
-            elif last.pool == "subsample":
-                raise LeftAlone(f"nothing can follow the subsampling of {last.name}")
-            elif kind == "pool" and self._flattened:
-                raise LeftAlone("a pooling cannot follow the flattening")
-            else:
-                last.follow(kind, value)
+            last.follow(kind, value)
 
     def _take_convolution(self, layer: _Layer) -> None:
         if self._flattened:
             raise LeftAlone("a convolution cannot follow the flattening")
         self.layers.append(layer)
-
-    def _flatten(self, start: int, end: int) -> None:
-        if start not in (1, -3) or end not in (-1, 3):
-            raise LeftAlone(f"flattens dimensions {start} to {end}, not 1 to -1")
-        self._flattened = True
 
     def _check(self) -> None:
         if not self.layers or self.layers[0].is_dense:
@@ -247,6 +259,18 @@ class Network:
         return [*head, *itertools.chain(*convs, *denses)]
 
 
+_TAKE: dict[Any, Callable[[Network, fx.Node, Any], None]] = {
+    **dict.fromkeys(_FUSED, Network._take_fused),
+    nn.Linear: Network._take_linear,
+    RBF: Network._take_rbf,
+    nn.Flatten: Network._take_flatten,
+    torch.flatten: Network._take_flatten,
+    "flatten": Network._take_flatten,
+}
+# All that a chain may consist of: types of layers, functions, names of methods.
+LINKS: tuple[Any, ...] = (nn.Conv2d, *_TAKE, *ACTIVATIONS, *POOLS)
+
+
 def _chain(model: nn.Module, graph: fx.Graph) -> Iterator[fx.Node]:
     """The calls of a forward that is one chain from its input to its output."""
     nodes = list(graph.nodes)
@@ -263,11 +287,6 @@ def _chain(model: nn.Module, graph: fx.Graph) -> Iterator[fx.Node]:
             return
         yield node
         previous = node
-
-
-def _fused(name: str, module: FusedConv2d) -> _Layer:
-    pool = "subsample" if isinstance(module, ConvSubsample2d) else module.pool
-    return _Layer(name, module, module.activation, pool, module.padding)
 
 
 def _flatten_range(node: fx.Node, layer: nn.Module | None) -> tuple[int, int]:

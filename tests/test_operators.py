@@ -23,7 +23,7 @@ from operators import (
     random_cases,
 )
 
-from lenet_fast import functional
+from lenet_fast import functional, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -236,33 +236,53 @@ def test_what_is_not_finite_stays_where_it_belongs(value):
     torch.testing.assert_close(output[finite], expected[finite])
 
 
+# Of activations whose derivative is computed from their value: largest error of the derivative, in eps.
+DERIVATIVES = {"sigmoid": 1.5, "tanh": 3, "scaled_tanh": 4}
+
+
+def exact_derivative(activation, z):
+    """Of z in float64; without the cancellation of 1 - y^2."""
+    if activation == "sigmoid":
+        return torch.sigmoid(z) * torch.sigmoid(-z)
+    amplitude, slope = (
+        (1, 1) if activation == "tanh" else (reference.SCALED_TANH_AMPLITUDE, reference.SCALED_TANH_SLOPE)
+    )
+    return amplitude * slope / torch.cosh(slope * z).square()
+
+
 @pytest.mark.cuda_host
 @implementation
-@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "scaled_tanh"])
+@pytest.mark.parametrize("activation", DERIVATIVES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_activations_are_within_4_ulp_over_the_whole_range(activation, dtype, implementation):
     device, backend = implementation
     one = torch.ones(1, 1, 1, 1, dtype=dtype, device=device)
 
     def run(z, weight, backend):
+        """Values and derivatives."""
         options = {"activation": activation, "pool": "none", "backend": backend}
-        return functional.conv_act_pool(z.view(1, 1, 1, -1), weight, **options).flatten().cpu()
+        z = z.detach().requires_grad_()
+        values = functional.conv_act_pool(z.view(1, 1, 1, -1), weight, **options).flatten()
+        return values.detach().cpu(), torch.autograd.grad(values.sum(), z)[0].cpu()
 
     limits = torch.tensor([torch.inf, -torch.inf, torch.nan], dtype=dtype)
-    exact_limits = run(limits.double(), one.cpu().double(), "reference").to(dtype)
-    torch.testing.assert_close(run(limits.to(device), one, backend), exact_limits, rtol=0, atol=0, equal_nan=True)
+    exact_limits = run(limits.double(), one.cpu().double(), "reference")[0].to(dtype)
+    torch.testing.assert_close(run(limits.to(device), one, backend)[0], exact_limits, rtol=0, atol=0, equal_nan=True)
 
     small = torch.logspace(-30, 0, 4000)
     z = torch.cat([torch.linspace(-120, 120, 40001), torch.linspace(-9, 9, 40001), small, -small]).to(dtype)
-    exact = run(z.double(), one.cpu().double(), "reference")
+    exact, _ = run(z.double(), one.cpu().double(), "reference")
+    values, derivatives = run(z.to(device), one, backend)
     # Relative to the value, also where that is tiny: tanh near 0, sigmoid far left. Subnormal results may be 0.
     tiny = torch.finfo(dtype).tiny
     magnitude = exact.abs().clamp_min(tiny).to(dtype)
     ulp = (magnitude.nextafter(torch.tensor(torch.inf, dtype=dtype)) - magnitude).double()
-    error = (run(z.to(device), one, backend).double() - exact).abs()
+    error = (values.double() - exact).abs()
     error_ulp = torch.where(exact.abs() < tiny, 0, error / ulp)
     assert error_ulp.max() <= 4, f"{error_ulp.max()} ulp at {z[error_ulp.argmax()]}"
     assert (error[exact.abs() < tiny] <= tiny).all()
+    error = (derivatives.double() - exact_derivative(activation, z.double())).abs() / torch.finfo(dtype).eps
+    assert error.max() <= DERIVATIVES[activation], f"{error.max()} eps at {z[error.argmax()]}"
 
 
 @implementation

@@ -9,6 +9,7 @@ import random
 import signal
 import sys
 import threading
+from collections import Counter
 
 import pytest
 import torch
@@ -283,6 +284,37 @@ def test_float32_is_as_close_to_float64_as_pytorch_is(name, size):
         ]
         ratios.append(errors[0] / errors[1])
     assert sorted(ratios)[2] < 1.5, ratios
+
+
+@pytest.mark.parametrize("number", [1, 16])
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "scaled_tanh"])
+def test_dense_values_and_derivatives_are_exact_to_a_few_roundings(activation, number):
+    """Of a dense layer's activation, over a sweep: both show in gradients of float32."""
+    z = torch.linspace(-9, 9, 1001).repeat_interleave(2)
+    layer = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "scaled_tanh": lf.nn.ScaledTanh}[activation]
+    model = nn.Sequential(
+        nn.Conv2d(1, 1, 1), nn.Flatten(), nn.Linear(4, len(z)), layer(), nn.Linear(len(z), 2, bias=True)
+    )
+    signs = torch.ones(len(z))
+    signs[1::2] = -1  # every value is there twice, and cancels in the scores
+    with torch.no_grad():
+        model[2].weight.zero_()
+        model[2].bias.copy_(z)
+        model[4].weight.copy_(torch.stack([signs, -signs]))
+        model[4].bias.zero_()
+    trainer = FusedTrainer(model, lr=0.0, momentum=0.5)
+    trainer.step(torch.zeros(number, 1, 2, 2), torch.zeros(number, dtype=torch.int64))
+    of_z, of_weight, of_scores = (
+        trainer.optimizer.state[parameter]["momentum_buffer"].double()
+        for parameter in (model[2].bias, model[4].weight, model[4].bias)
+    )
+    exact_z = z.double().requires_grad_()
+    values = layer()(exact_z)
+    (derivatives,) = torch.autograd.grad(values.sum(), exact_z)
+    roundings = 3 * torch.finfo(torch.float32).eps  # sums over images and scores
+    assert ((of_weight[0] / of_scores[0] - values).abs() <= 4 * 2**-23 * values.abs() + roundings * values.abs()).all()
+    error = (of_z * signs / (of_scores[0] - of_scores[1]) - derivatives).abs()
+    assert error.max() <= 4 * 2**-23 + roundings * derivatives.max()
 
 
 def trained(threads, dtype, name="lenet5-d2l", steps=10):
@@ -1009,29 +1041,59 @@ def test_a_step_whose_loss_is_not_finite_is_not_taken(name, size):
 
 
 def test_the_raw_operators_survive_anything():
-    """Random changes of a good call raise or run; they never crash the interpreter."""
+    """Random changes of a good call raise or run; they never crash the interpreter. Both happen to each operator."""
+    operators = torch.ops.lenet_fast
     model = build("lenet5-1998", torch.float32)
     network = Network.of(model)
     numbers, tensors = network.numbers((1, 32, 32)), network.tensors()
     images, labels = bytes_like(8)
     generator = random.Random(0)
-    raised = 0
-    for _ in range(300):
+    outcomes = Counter()
+
+    def attempt(operator, *arguments):
+        try:
+            result = operator(*arguments)
+        except RuntimeError:
+            outcomes[operator, "raised"] += 1
+            return None
+        outcomes[operator, "ran"] += 1
+        return result
+
+    def cut(values):
+        return values if generator.random() < 0.9 else values[: generator.randrange(len(values))]
+
+    def changed_numbers():
         changed = list(numbers)
-        for _ in range(generator.choice((1, 1, 2))):
+        for _ in range(generator.choice((0, 1, 1, 2))):
             value = generator.choice((-1, 0, 1, 2, 3, 7, 100, 2**20, 2**31, 2**62))
             changed[generator.randrange(12) if generator.random() < 0.7 else generator.randrange(len(changed))] = value
-        changed = changed[: generator.choice((len(changed), len(changed), generator.randrange(len(changed))))]
-        parameters = list(tensors)
+        return cut(changed)
+
+    def changed_tensors():
+        changed = [tensor.clone() for tensor in tensors]
         if generator.random() < 0.3:
-            parameters[generator.randrange(len(parameters))] = torch.zeros(generator.randrange(3))
-        trained = [tensor.clone() for tensor in parameters]
-        try:
-            torch.ops.lenet_fast.network_train(
-                changed, trained, [], [], [], [1] * (len(trained) - 1), images, labels, None, 8, 0.01, -0.1, "sgd",
-                [0.0] * 6, [0.0], 0.0,
-            )  # fmt: skip
-            torch.ops.lenet_fast.network_infer(changed, trained, images, 0.01, -0.1)
-        except RuntimeError:
-            raised += 1
-    assert raised > 200
+            changed[generator.randrange(len(changed))] = torch.zeros(generator.randrange(3))
+        return cut(changed)
+
+    def changed_images():
+        side = generator.choice((0, 1, 28, 30, 32, 32, 33))
+        if generator.random() < 0.5:
+            return torch.zeros(generator.choice((0, 1, 3, 40)), side, side, dtype=torch.uint8)
+        floats = torch.rand(generator.choice((0, 1, 3, 40)), generator.choice((0, 1, 1, 1, 2)), side, side)
+        return generator.choice((floats, floats, floats, floats.double(), floats.mT, floats.flatten(1)))
+
+    for _ in range(400):
+        trained = changed_tensors()
+        attempt(
+            operators.network_train, changed_numbers(), trained, [], [], [], [1] * (len(trained) - 1), images, labels,
+            None, 8, 0.01, -0.1, "sgd", [0.0] * 6, [0.0], 0.0,
+        )  # fmt: skip
+        handle = attempt(operators.network_define, changed_numbers())
+        if handle is not None:
+            for _ in range(4):
+                scores = attempt(operators.network_infer, handle, changed_tensors(), changed_images(), 0.01, -0.1)
+                assert scores is None or scores.dim() == 2
+            operators.network_release(handle)
+        assert attempt(operators.network_infer, handle or 2**40, tensors, images, 0.01, -0.1) is None
+    for operator in (operators.network_train, operators.network_define, operators.network_infer):
+        assert min(outcomes[operator, "ran"], outcomes[operator, "raised"]) > 40, outcomes

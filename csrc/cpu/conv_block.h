@@ -18,9 +18,17 @@ void conv_tile(Tile<T>& z, const ConvLayer<T>& layer, const Vec<T>* input, int64
   const Connections& table = layer.g.connections;
   const int64_t kernel_size = K > 0 ? K : layer.g.kernel_size;
   const int64_t input_row = layer.layout.input_row;
+  // The products of each input map are summed by themselves where every product is rounded, too: fewer of the roundings
+  // are of the whole sum, which is larger.
+  constexpr bool sums_maps = !kHasMultiplyAdd;
   Vec<T> sum[2 * Columns];
   const Vec<T> start = layer.bias != nullptr ? splat(layer.bias[map]) : Vec<T>{};
-  unroll<2 * Columns>([&](auto i) __attribute__((always_inline)) { sum[i] = start; });
+  unroll<2 * Columns>([&](auto i) __attribute__((always_inline)) {
+    sum[i] = sums_maps ? Vec<T>{} : start;
+    if constexpr (sums_maps) {
+      z[i / Columns][i % Columns] = start;
+    }
+  });
   for (int32_t c = table.row_begin[map]; c < table.row_begin[map + 1]; ++c) {
     const T* weight = layer.weight + c * kernel_size * kernel_size;
     const Vec<T>* row = input + table.in_channel[c] * layer.layout.input_plane + y * input_row + x;
@@ -49,10 +57,17 @@ void conv_tile(Tile<T>& z, const ConvLayer<T>& layer, const Vec<T>* input, int64
         }
       }
     }
+    if constexpr (sums_maps) {
+      unroll<2 * Columns>([&](auto i) __attribute__((always_inline)) {
+        z[i / Columns][i % Columns] += std::exchange(sum[i], Vec<T>{});
+      });
+    }
   }
-  unroll<2>([&](auto dy) __attribute__((always_inline)) {
-    unroll<Columns>([&](auto i) __attribute__((always_inline)) { z[dy][i] = sum[dy * Columns + i]; });
-  });
+  if constexpr (!sums_maps) {
+    unroll<2>([&](auto dy) __attribute__((always_inline)) {
+      unroll<Columns>([&](auto i) __attribute__((always_inline)) { z[dy][i] = sum[dy * Columns + i]; });
+    });
+  }
 }
 
 // --- activation and pooling ------------------------------------------------------------------------------------------

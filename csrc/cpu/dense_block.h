@@ -61,10 +61,10 @@ LF_INLINE Vec<T> derivative_from_output(Vec<T> y) {
   } else if constexpr (A == Activation::sigmoid) {
     return y * (T(1) - y);
   } else if constexpr (A == Activation::tanh) {
-    return T(1) - y * y;
+    return one_minus_square<T>(y);
   } else if constexpr (A == Activation::scaled_tanh) {
     const Vec<T> t = y * T(1 / kScaledTanhAmplitude);
-    return T(kScaledTanhAmplitude * kScaledTanhSlope) * (T(1) - t * t);
+    return T(kScaledTanhAmplitude * kScaledTanhSlope) * one_minus_square<T>(t);
   } else {
     return splat(T(1));
   }

@@ -13,11 +13,11 @@ struct BlockLoss {
   int64_t correct;  // images whose highest score, the first of equals, is their label's
 };
 
-// Turns the scores of `count` images into the gradient of `factor` times their summed loss; absent lanes get 0.
-// `extra` null: no further score.
+// The loss of `count` images. `grad` receives the gradient of `factor` times the summed loss by the scores, 0 in absent
+// lanes; it may be the same memory as `scores`. `extra` null: no further score.
 template <typename T>
-BlockLoss<T> score_loss(Vec<T>* scores, int64_t classes, const T* extra, const int64_t* const* labels, int64_t count,
-                        T factor) {
+BlockLoss<T> score_loss(const Vec<T>* scores, int64_t classes, const T* extra, const int64_t* const* labels,
+                        int64_t count, T factor, Vec<T>* grad) {
   using I = VecInt<T>;
   I label{};
   Vec<T> weight{};
@@ -39,13 +39,13 @@ BlockLoss<T> score_loss(Vec<T>* scores, int64_t classes, const T* extra, const i
   for (int64_t c = 0; c < classes; ++c) {
     const Vec<T> e = exp_nonpositive<T>(scores[c] - top);
     total += e;
-    scores[c] = e;
+    grad[c] = e;
   }
   const Vec<T> share = weight / total;
   for (int64_t c = 0; c < classes; ++c) {
     const I index = I{} + static_cast<typename VecTraits<T>::Bits>(c);
-    const Vec<T> grad = scores[c] * share - (label == index ? weight : Vec<T>{});
-    scores[c] = weight != T(0) ? grad : Vec<T>{};
+    const Vec<T> value = grad[c] * share - (label == index ? weight : Vec<T>{});
+    grad[c] = weight != T(0) ? value : Vec<T>{};
   }
   BlockLoss<T> result{};
   for (int64_t i = 0; i < count; ++i) {

@@ -237,23 +237,25 @@ class NetworkBlocks {
     }
   }
 
-  Vec<T>* scores(int b) const {
+  const Vec<T>* scores(int b) const {
     return memory_ + (g_.output == Output::distances ? layout_.block[b].scores : layout_.block[b].dense[g_.num_denses]);
   }
 
-  // From the gradient of the scores (in their place) to the sums of the convolutions, and the pre-activation gradients
-  // of the dense layers.
+  // Where the gradient of the scores belongs. Scores are the last dense layer's output, which its activation's
+  // derivative is computed from, so their gradient has its own memory; that of distances may overwrite them.
+  Vec<T>* grad_scores(int b) const {
+    const auto& block = layout_.block[b];
+    return memory_ + (g_.output == Output::distances ? block.scores : block.grad_dense[g_.num_denses]);
+  }
+
+  // From `grad_scores` to the sums of the convolutions, and the pre-activation gradients of the dense layers.
   template <int Blocks>
   void backward() {
-    for (int b = 0; b < Blocks; ++b) {
+    for (int b = 0; g_.output == Output::distances && b < Blocks; ++b) {
       const auto& block = layout_.block[b];
-      Vec<T>* const grad = memory_ + block.grad_dense[g_.num_denses];
-      if (g_.output == Output::distances) {
-        negative_distances_gradient<T>(memory_ + block.dense[g_.num_denses], n_.codes, g_.classes,
-                                       g_.last_dense().out_features, scores(b), grad);
-      } else {
-        std::copy(scores(b), scores(b) + g_.classes, grad);
-      }
+      negative_distances_gradient<T>(memory_ + block.dense[g_.num_denses], n_.codes, g_.classes,
+                                     g_.last_dense().out_features, grad_scores(b),
+                                     memory_ + block.grad_dense[g_.num_denses]);
     }
     for (int l = g_.num_denses - 1; l >= 0; --l) {
       const Vec<T>* grad[Blocks];
@@ -332,7 +334,7 @@ void network_train(const TrainingStep<T>& step, int64_t begin, int64_t end, int6
       }
       const auto loss =
           score_loss<T>(blocks.scores(b), g.classes, g.output == Output::distances ? &step.extra_score : nullptr,
-                        labels, count, step.factor);
+                        labels, count, step.factor, blocks.grad_scores(b));
       total.loss += loss.loss;
       total.correct += loss.correct;
     }

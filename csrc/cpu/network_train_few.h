@@ -160,7 +160,7 @@ class FewImages {
     }
   }
 
-  // Leaves the gradient of the scores in their place.
+  // Leaves the gradient of the scores in `block`.
   BlockLoss<T> loss() {
     const T sign = g_.output == Output::distances ? T(-1) : T(1);
     auto* const block = reinterpret_cast<Vec<T>*>(values_ + at_.block);
@@ -173,7 +173,7 @@ class FewImages {
       }
     }
     return score_loss<T>(block, g_.classes, g_.output == Output::distances ? &step_.extra_score : nullptr, labels,
-                         images_, step_.factor);
+                         images_, step_.factor, block);
   }
 
   // From the gradient of the scores to updated parameters: a layer's are when no gradient needs them any more.

@@ -21,6 +21,13 @@ using VecInt = typename VecTraits<T>::Int;
 template <typename T>
 inline constexpr int kLanes = VecTraits<T>::lanes;
 
+// Whether the compiler makes one instruction, with one rounding, of a multiplication and an addition.
+#if defined(__aarch64__)
+inline constexpr bool kHasMultiplyAdd = true;
+#else
+inline constexpr bool kHasMultiplyAdd = LENET_FAST_VECTOR_BYTES > 16;
+#endif
+
 template <typename T>
 LF_INLINE Vec<T> splat(T value) {
   return value - Vec<T>{};

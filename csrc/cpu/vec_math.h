@@ -93,6 +93,12 @@ LF_INLINE Vec<T> tanh(Vec<T> z) {
   }
 }
 
+// 1 - y^2 without cancelling what was rounded.
+template <typename T>
+LF_INLINE Vec<T> one_minus_square(Vec<T> y) {
+  return kHasMultiplyAdd ? T(1) - y * y : (T(1) - y) * (T(1) + y);
+}
+
 template <typename T>
 struct Activated {
   Vec<T> y, derivative;
@@ -105,13 +111,13 @@ LF_INLINE Activated<T> activate(Vec<T> z) {
     return {z < T(0) ? Vec<T>{} : z, z <= T(0) ? Vec<T>{} : splat(T(1))};
   } else if constexpr (A == Activation::sigmoid) {
     const Vec<T> y = sigmoid<T>(z);
-    return {y, y - y * y};
+    return {y, kHasMultiplyAdd ? y - y * y : y * (T(1) - y)};
   } else if constexpr (A == Activation::tanh) {
     const Vec<T> y = tanh<T>(z);
-    return {y, T(1) - y * y};
+    return {y, one_minus_square<T>(y)};
   } else if constexpr (A == Activation::scaled_tanh) {
     const Vec<T> y = tanh<T>(T(kScaledTanhSlope) * z);
-    return {T(kScaledTanhAmplitude) * y, T(kScaledTanhAmplitude * kScaledTanhSlope) * (T(1) - y * y)};
+    return {T(kScaledTanhAmplitude) * y, T(kScaledTanhAmplitude * kScaledTanhSlope) * one_minus_square<T>(y)};
   } else {
     return {z, splat(T(1))};
   }
