@@ -16,13 +16,13 @@ struct BlockLoss {
 // Turns the scores of `count` images into the gradient of `factor` times their summed loss; absent lanes get 0.
 // `extra` null: no further score.
 template <typename T>
-BlockLoss<T> score_loss(Vec<T>* scores, int64_t classes, const T* extra, const int64_t* const* labels, int64_t count,
+BlockLoss<T> score_loss(Vec<T>* scores, int64_t classes, const T* extra, const int64_t* labels, int64_t count,
                         T factor) {
   using I = VecInt<T>;
   I label{};
   Vec<T> weight{};
   for (int64_t i = 0; i < count; ++i) {
-    label[i] = static_cast<typename VecTraits<T>::Bits>(*labels[i]);
+    label[i] = static_cast<typename VecTraits<T>::Bits>(labels[i]);
     weight[i] = factor;
   }
   Vec<T> highest = scores[0], own = scores[0];
