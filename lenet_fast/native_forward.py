@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import backends
-from .eager import PLAIN_TENSORS, is_intercepted
+from .eager import PLAIN_TENSORS, check_memory, is_intercepted
 from .network import Network, NetworkError
 from .nn import FusedConv2d
 from .snapshot import FORWARD_HOOKS, Snapshot
@@ -101,6 +101,13 @@ class _Reading(Snapshot):
             self._refused[input.shape[1:]] = self._marks()
 
     def _marks(self) -> list[tuple]:
+        """What of the tensors may be why the native code refused them.
+
+        Raises:
+            RuntimeError: the memory of one was freed, which not all layers would notice.
+        """
+        for name, tensor in zip((*self._names, "codes of the RBF layer"), self.tensors, strict=False):
+            check_memory(name, tensor)
         return [
             (tensor.dtype, tensor.device, tensor.shape, tensor.untyped_storage().nbytes()) for tensor in self.tensors
         ]
@@ -141,4 +148,5 @@ class _Reading(Snapshot):
             self._is_ours = False
             return
         self.tensors = network.tensors()
+        self._names = [name for name, _ in network.named_parameters()]
         self._network = network
