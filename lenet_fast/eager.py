@@ -1,9 +1,12 @@
 """What a call has to know of its surroundings: who listens to operators, and whether a tensor has memory."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["PLAIN_TENSORS", "check_memory", "is_intercepted"]
+__all__ = ["PLAIN_TENSORS", "among_real_tensors", "check_memory", "is_intercepted"]
 
 PLAIN_TENSORS = (Tensor, nn.Parameter)  # types without a dispatch of their own, as fake tensors have
 
@@ -16,6 +19,13 @@ _len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack  # FakeTensorMode
 def is_intercepted() -> bool:
     """Whether someone records or replaces the operators called now: they need to see those that are public."""
     return _len_torch_dispatch_stack() > 0 or _is_tracing() or _are_functorch_transforms_active()
+
+
+def among_real_tensors() -> AbstractContextManager:
+    """A context in which operators on real tensors give real results, whatever mode is on around it."""
+    if torch.compiler.is_compiling() or not _len_torch_dispatch_stack():
+        return nullcontext()  # the other imports much
+    return _disable_current_modes()
 
 
 def check_memory(name: str, tensor: Tensor) -> None:
