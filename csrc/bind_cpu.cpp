@@ -189,6 +189,9 @@ Gradients backward(const Tensor& grad_output, const std::optional<Tensor>& recor
                                 c = as_operand(operands.coefficient, dtype),
                                 d = as_operand(operands.subsample_bias, dtype);
     const bool recorded = record.has_value() && record->numel() > 0;
+    if (recorded) {
+      check_memory("record", *record);
+    }
     if (recorded && (record->numel() != total_record_size(kernel, bands) || record->scalar_type() != dtype ||
                      !record->is_contiguous())) {
       fail("record: expected the one that forward made of these operands, got shape ", shape(*record));

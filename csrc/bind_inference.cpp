@@ -112,18 +112,20 @@ Tensor scores_tensor(ScalarType type, int64_t images, int64_t classes) {
   return Tensor(handle);
 }
 
-// Training writes to its parameters, inference takes them in any layout, as layers do.
-std::vector<Tensor> contiguous(std::vector<Tensor> tensors) {
-  for (Tensor& tensor : tensors) {
-    if (!tensor.is_contiguous()) {
-      tensor = torch::stable::contiguous(tensor);
-    }
+// Training writes to its parameters, inference takes everything in any layout, as layers do.
+Tensor contiguous(const char* name, const Tensor& tensor) {
+  if (tensor.is_contiguous()) {
+    return tensor;
   }
-  return tensors;
+  check_memory(name, tensor);
+  return torch::stable::contiguous(tensor);
 }
 
-Tensor network_infer(int64_t id, std::vector<Tensor> given, const Tensor& images, double scale, double background) {
-  const std::vector<Tensor> parameters = contiguous(std::move(given));
+Tensor network_infer(int64_t id, std::vector<Tensor> parameters, const Tensor& given, double scale, double background) {
+  for (Tensor& parameter : parameters) {
+    parameter = contiguous("parameters", parameter);
+  }
+  const Tensor images = contiguous("images", given);
   const std::shared_ptr<const NetworkOperand> operand = definitions().find(id);
   const NetworkGeometry& g = operand->geometry();
   return with_parameter_type(parameters, [&]<typename T>(T) {

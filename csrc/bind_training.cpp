@@ -34,19 +34,53 @@ Tensor workspace(const Tensor& like, size_t bytes) {
   return torch::stable::new_empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
 }
 
-void check_values(const char* name, const int64_t* values, int64_t number, int64_t end) {
-  for (int64_t i = 0; values != nullptr && i < number; ++i) {
-    if (values[i] < 0 || values[i] >= end) {
-      fail(name, ": expected 0 to ", end - 1, ", got ", values[i], " at ", i);
+// `value`, which is at `position` of the argument `name`.
+int64_t checked(const char* name, int64_t value, int64_t position, int64_t end) {
+  if (value < 0 || value >= end) {
+    fail(name, ": expected 0 to ", end - 1, ", got ", value, " at ", position);
+  }
+  return value;
+}
+
+// Reads memory that other threads may write to: what is checked has to be what is used.
+int64_t read_once(const int64_t* values, int64_t position) {
+  return static_cast<const volatile int64_t*>(values)[position];
+}
+
+// Which image and which label is at each position of a run, checked. The kernels read this copy: the caller's tensors
+// may change while they run, and an image that does not exist would be read from anywhere.
+class Positions {
+ public:
+  template <typename T>
+  Positions(const Training<T>& training, int64_t classes) {
+    const int64_t* const order = training.images.order;
+    for (int64_t i = 0; i < training.num_images; ++i) {  // those that the order leaves out, too
+      checked("labels", read_once(training.labels, i), i, classes);
+    }
+    labels_.resize(static_cast<size_t>(training.total));
+    order_.resize(order != nullptr ? labels_.size() : 0);
+    for (int64_t i = 0; i < training.total; ++i) {
+      int64_t image = i;
+      if (order != nullptr) {
+        image = order_[i] = checked("order", read_once(order, i), i, training.num_images);
+      }
+      labels_[i] = checked("labels", read_once(training.labels, image), image, classes);
     }
   }
-}
+
+  // Null: the images as they lie.
+  const int64_t* order() const { return order_.empty() ? nullptr : order_.data(); }
+  const int64_t* labels() const { return labels_.data(); }
+
+ private:
+  std::vector<int64_t> order_, labels_;
+};
 
 // A run's threads and memory.
 template <typename T>
 class TrainingRun {
  public:
-  TrainingRun(Training<T>& training, const Tensor& like)
+  TrainingRun(Training<T>& training, const Positions& positions, const Tensor& like)
       : t_(training), g_(training.network.geometry), kernel_(kernels().network<T>()) {
     const int64_t largest = std::min(t_.total, t_.batch_size), last = t_.total % t_.batch_size;
     size_t few_bytes = 0;  // fewer images may need more: they are cut into more bands
@@ -85,7 +119,8 @@ class TrainingRun {
     }
     step_.network = &t_.network;
     step_.images = t_.images;
-    step_.labels = t_.labels;
+    step_.images.order = positions.order();
+    step_.labels = positions.labels();
     step_.extra_score = t_.extra_score;
     few_memory_ = memory + few_memory;
     step_.thread_memory = memory + thread_memory;
@@ -184,14 +219,13 @@ struct Backend {
       if (training.watch != nullptr) {
         fail("watch: expected none on the CPU, where a call ends with its last step");
       }
-      check_values("labels", training.labels, training.num_images, operand.geometry().classes);
-      check_values("order", training.images.order, training.total, training.num_images);
+      const Positions positions(training, operand.geometry().classes);
       const Tensor& like = arguments.parameters[0];
       Tensor losses = torch::stable::new_empty(like, {training.steps}, ScalarType::Double);
       Tensor correct = torch::stable::new_empty(like, {training.steps}, ScalarType::Long);
       auto* const loss_of = static_cast<double*>(losses.mutable_data_ptr());
       auto* const correct_of = static_cast<int64_t*>(correct.mutable_data_ptr());
-      TrainingRun<T> run(training, like);
+      TrainingRun<T> run(training, positions, like);
       int64_t done = 0;
       while (done < training.steps) {
         std::tie(loss_of[done], correct_of[done]) = run.take(done);

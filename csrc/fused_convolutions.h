@@ -45,7 +45,7 @@ inline void check_vector(const char* name, const std::optional<Tensor>& tensor, 
 inline ConvGeometry check_conv(const Operands& operands, bool dense, int64_t out_channels, int64_t padding,
                                const Name& activation, Pool pool) {
   const auto& [input, weight, bias, coefficient, subsample_bias] = operands;
-  check_floating(input);
+  check_input(input);
   check_like("weight", weight, input);
   if (input.dim() != 4 || input.size(1) == 0) {
     fail("input: expected (N, C, H, W), got shape ", shape(input));

@@ -1,7 +1,8 @@
 // A network as the operators are told it, int[] network:
 //   channels, height, width of an image; 0 scores or 1 distances; classes; number of convolutions, of dense layers;
 //   per convolution: output maps, kernel size, padding, activation, pool, bias (0 or 1), connections (-1: all), each
-//   one; per dense layer: output features, activation, bias.
+//   one; per dense layer: output features, activation, bias, kernel size of its weight
+//   (0: the weight is a matrix; K: it is that of a convolution over its whole input, K x K).
 // Its tensors, in order: per convolution weight, bias, coefficient and pool_bias (subsampling), per dense layer weight,
 // bias, those that there are; last the codes of the distances.
 #pragma once
@@ -32,8 +33,16 @@ class NetworkOperand {
       g.in_features = features;
       g.out_features = features = size();
       g.activation = static_cast<Activation>(choice(5));
-      shapes_.push_back({g.out_features, g.in_features});
-      add_bias(choice(2) != 0, g.out_features);
+      const bool has_bias = choice(2) != 0;
+      const int64_t kernel = count(0, kMaxKernel), window = kernel * kernel;
+      if (kernel == 0) {
+        shapes_.push_back({g.out_features, g.in_features});
+      } else if (g.in_features % window == 0) {
+        shapes_.push_back({g.out_features, g.in_features / window, kernel, kernel});
+      } else {
+        fail("network: a window of ", kernel, " x ", kernel, " does not cover ", g.in_features, " features");
+      }
+      add_bias(has_bias, g.out_features);
       if (g.out_features > kLimit / g.in_features) {
         fail("network: a dense layer of ", g.in_features, " x ", g.out_features, " is too large");
       }
@@ -81,20 +90,16 @@ class NetworkOperand {
     });
     if (has_codes) {
       const Tensor& codes = parameters.back();
-      check_like("codes", codes, parameters[0]);
+      check_like("codes", codes, parameters[0], kOf);
       check_shape("codes", codes, {geometry_.classes, geometry_.last_dense().out_features});
       check_contiguous("codes", codes);
     }
   }
 
-  // A trained tensor or its like. A dense weight may have any shape after the first dimension: C5 has a convolution's.
+  // A trained tensor or its like.
   void check_tensor(const char* name, const Tensor& tensor, size_t slot, const Tensor& like) const {
-    check_like(name, tensor, like);
-    const std::vector<int64_t>& expected = shapes_[slot];
-    if (expected.size() != 2 || tensor.dim() < 2 || tensor.size(0) != expected[0] ||
-        tensor.numel() != expected[0] * expected[1]) {
-      check_shape(name, tensor, expected);
-    }
+    check_like(name, tensor, like, kOf);
+    check_shape(name, tensor, shapes_[slot]);
     check_contiguous(name, tensor);
   }
 
@@ -121,7 +126,8 @@ class NetworkOperand {
   }
 
  private:
-  static constexpr int64_t kLimit = int64_t{1} << 28;
+  static constexpr int64_t kLimit = int64_t{1} << 28, kMaxKernel = int64_t{1} << 14;
+  static constexpr const char* kOf = "the parameters";
 
   ConvGeometry read_conv(int64_t channels, int64_t height, int64_t width) {
     ConvGeometry g{};
@@ -187,7 +193,9 @@ class NetworkOperand {
   std::vector<std::vector<int64_t>> shapes_;
 };
 
+// The memory and the device.
 inline void check_device(const char* name, const Tensor& tensor, const Tensor& like) {
+  check_memory(name, tensor);
   if (tensor.is_cpu() != like.is_cpu() || tensor.get_device_index() != like.get_device_index()) {
     fail(name, ": expected on the device of the parameters");
   }
@@ -218,7 +226,7 @@ Images<T> images_of(const Tensor& images, const NetworkGeometry& g, const Tensor
       }
     }
   } else {
-    check_like("images", images, like);
+    check_like("images", images, like, "the parameters");
     check_shape("images", images,
                 {images.dim() > 0 ? images.size(0) : 0, first.in_channels, first.height, first.width});
   }

@@ -75,16 +75,38 @@ inline void check_shape(const char* name, const Tensor& tensor, const std::vecto
   }
 }
 
-inline void check_like(const char* name, const Tensor& tensor, const Tensor& input) {
-  if (tensor.scalar_type() != input.scalar_type()) {
-    fail(name, ": expected the dtype of input");
+// Raise where the memory of `tensor` ends before its last element: it can be freed or cut while there are tensors in
+// it, as FSDP does with `untyped_storage().resize_(0)`. Copies and kernels read and write without looking.
+inline void check_memory(const char* name, const Tensor& tensor) {
+  if (tensor.numel() == 0) {
+    return;
   }
-  if (tensor.is_cpu() != input.is_cpu() || tensor.get_device_index() != input.get_device_index()) {
-    fail(name, ": expected on the device of input");
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  int64_t end = tensor.storage_offset() + 1, available = 0;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    end += (sizes[i] - 1) * strides[i];
+  }
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &available));
+  const int64_t needed = end * static_cast<int64_t>(tensor.element_size());
+  if (available < needed || tensor.const_data_ptr() == nullptr) {
+    fail(name, ": its memory was freed or cut, it has ", available, " bytes and shape ", shape(tensor), " needs ",
+         needed);
   }
 }
 
-inline void check_floating(const Tensor& input) {
+// The memory, dtype and device of `tensor`; `of` names `like` in what is said.
+inline void check_like(const char* name, const Tensor& tensor, const Tensor& like, const char* of = "input") {
+  check_memory(name, tensor);
+  if (tensor.scalar_type() != like.scalar_type()) {
+    fail(name, ": expected the dtype of ", of);
+  }
+  if (tensor.is_cpu() != like.is_cpu() || tensor.get_device_index() != like.get_device_index()) {
+    fail(name, ": expected on the device of ", of);
+  }
+}
+
+inline void check_input(const Tensor& input) {
+  check_memory("input", input);
   switch (input.scalar_type()) {
     case ScalarType::Float:
     case ScalarType::Double:

@@ -6,36 +6,42 @@
 
 namespace {
 
-struct TypedObject {
-  PyObject *object, *type;
+struct Object {
+  PyObject *object, *type, *dict;  // dict Ellipsis: any
 };
-struct SizedDict {
+struct Item {
+  PyObject *key, *value;  // Ellipsis: any
+};
+struct Dict {
   PyObject* dict;
-  Py_ssize_t size;
-};
-struct Entry {
-  PyObject *dict, *key, *value;
+  bool is_ordered;  // an OrderedDict has an order of its own, which PyDict_Next does not know
+  std::vector<Item> items;
 };
 
 // What a Record owns: a reference to each object that it names.
 struct Contents {
-  std::vector<TypedObject> types;
-  std::vector<SizedDict> sizes;
-  std::vector<Entry> entries;
+  std::vector<Object> objects;
+  std::vector<Dict> dicts;
 
+  // Calls `visit` with each of them until it returns something else than 0.
   template <typename F>
   int for_each(F&& visit) const {
-    for (const TypedObject& one : types) {
-      if (const int result = visit(one.object)) return result;
-      if (const int result = visit(one.type)) return result;
+    int result = 0;
+    const auto visit_all = [&](auto... all) { return ((result = visit(all)) || ...); };
+    for (const Object& one : objects) {
+      if (visit_all(one.object, one.type, one.dict)) {
+        return result;
+      }
     }
-    for (const SizedDict& one : sizes) {
-      if (const int result = visit(one.dict)) return result;
-    }
-    for (const Entry& one : entries) {
-      if (const int result = visit(one.dict)) return result;
-      if (const int result = visit(one.key)) return result;
-      if (const int result = visit(one.value)) return result;
+    for (const Dict& one : dicts) {
+      if (visit_all(one.dict)) {
+        return result;
+      }
+      for (const Item& item : one.items) {
+        if (visit_all(item.key, item.value)) {
+          return result;
+        }
+      }
     }
     return 0;
   }
@@ -86,102 +92,160 @@ bool for_each_group(PyObject* tuple, Py_ssize_t size, const char* name, F&& f) {
   return true;
 }
 
-bool is_dict(PyObject* object) {
-  if (!PyDict_Check(object)) {
-    PyErr_SetString(PyExc_TypeError, "Record: expected dictionaries");
-    return false;
-  }
-  return true;
+// 1, 0, or -1 with an error set.
+int is_ordered(PyObject* dict) {
+  PyObject* const collections = PyImport_ImportModule("collections");
+  PyObject* const type = collections != nullptr ? PyObject_GetAttrString(collections, "OrderedDict") : nullptr;
+  const int result = type != nullptr ? PyObject_IsInstance(dict, type) : -1;
+  Py_XDECREF(type);
+  Py_XDECREF(collections);
+  return result;
 }
 
-// Record(types, sizes, entries): (object, type, ...), (dict, size, ...), (dict, key, value, ...).
+bool add_dict(Contents& contents, PyObject* dict, PyObject* items) {
+  if (!PyDict_Check(dict)) {
+    PyErr_SetString(PyExc_TypeError, "dicts: expected dictionaries, each with a tuple of its items");
+    return false;
+  }
+  const int ordered = is_ordered(dict);
+  if (ordered < 0) {
+    return false;
+  }
+  contents.dicts.push_back({Py_NewRef(dict), ordered > 0, {}});
+  return for_each_group(items, 2, "items", [&](auto item) {
+    contents.dicts.back().items.push_back({Py_NewRef(item(0)), Py_NewRef(item(1))});
+    return true;
+  });
+}
+
+// Record(objects, dicts): (object, type, its dict, ...), (dict, items, ...), items being (key, value, ...).
 PyObject* create(PyTypeObject* type, PyObject* arguments, PyObject* names) {
-  PyObject *types = nullptr, *sizes = nullptr, *entries = nullptr;
+  PyObject *objects = nullptr, *dicts = nullptr;
   if (names != nullptr && PyDict_Size(names) > 0) {
     PyErr_SetString(PyExc_TypeError, "Record: expected no keywords");
     return nullptr;
   }
-  if (!PyArg_UnpackTuple(arguments, "Record", 3, 3, &types, &sizes, &entries)) {
+  if (!PyArg_UnpackTuple(arguments, "Record", 2, 2, &objects, &dicts)) {
     return nullptr;
   }
   PyObject* const self = reinterpret_cast<allocfunc>(PyType_GetSlot(type, Py_tp_alloc))(type, 0);
   if (self == nullptr) {
     return nullptr;
   }
-  auto* const contents = as_record(self)->contents = new Contents;
-  const bool complete = for_each_group(types, 2, "types",
-                                       [&](auto item) {
-                                         contents->types.push_back({Py_NewRef(item(0)), Py_NewRef(item(1))});
-                                         return true;
-                                       }) &&
-                        for_each_group(sizes, 2, "sizes",
-                                       [&](auto item) {
-                                         const Py_ssize_t size = PyLong_AsSsize_t(item(1));
-                                         if (PyErr_Occurred() != nullptr || !is_dict(item(0))) {
-                                           return false;
-                                         }
-                                         contents->sizes.push_back({Py_NewRef(item(0)), size});
-                                         return true;
-                                       }) &&
-                        for_each_group(entries, 3, "entries", [&](auto item) {
-                          if (!is_dict(item(0))) {
-                            return false;
-                          }
-                          contents->entries.push_back({Py_NewRef(item(0)), Py_NewRef(item(1)), Py_NewRef(item(2))});
-                          return true;
-                        });
-  if (!complete) {
+  Contents& contents = *(as_record(self)->contents = new Contents);
+  const auto add_object = [&](auto item) {
+    contents.objects.push_back({Py_NewRef(item(0)), Py_NewRef(item(1)), Py_NewRef(item(2))});
+    return true;
+  };
+  if (!for_each_group(objects, 3, "objects", add_object) ||
+      !for_each_group(dicts, 2, "dicts", [&](auto item) { return add_dict(contents, item(0), item(1)); })) {
     Py_DECREF(self);
     return nullptr;
   }
   return self;
 }
 
-// 1, 0, or -1 with an error set.
-int same(PyObject* found, PyObject* expected) {
-  if (found == expected) {
-    return 1;
-  }
-  const bool is_plain =
-      PyLong_Check(expected) || PyFloat_Check(expected) || PyUnicode_Check(expected) || PyTuple_Check(expected);
+// 1, 0, or -1 with an error set. A comparison that raises says no: the objects differ, in whatever way.
+int equal(PyObject* found, PyObject* expected) {
+  const bool is_plain = PyLong_Check(expected) || PyFloat_Check(expected) || PyUnicode_Check(expected) ||
+                        PyTuple_Check(expected) || PyList_Check(expected);
   if (!is_plain || Py_TYPE(found) != Py_TYPE(expected)) {
     return 0;
   }
   Py_INCREF(found);  // elements of a tuple may have a comparison in Python, which may do anything
-  const int result = PyObject_RichCompareBool(found, expected, Py_EQ);
+  int result = PyObject_RichCompareBool(found, expected, Py_EQ);
   Py_DECREF(found);
+  if (result < 0 && PyErr_ExceptionMatches(PyExc_Exception)) {
+    PyErr_Clear();
+    result = 0;
+  }
   return result;
 }
 
+// Whether `found` is the object `expected`, or an int, float, str, tuple or list of the same type that equals it;
+// Ellipsis expects anything.
+inline int same(PyObject* found, PyObject* expected) {
+  return found == expected || expected == Py_Ellipsis ? 1 : equal(found, expected);
+}
+
+// The same for a key and its value.
+inline int same_item(PyObject* key, PyObject* value, const Item& expected) {
+  if (key == expected.key && (value == expected.value || expected.value == Py_Ellipsis)) {
+    return 1;
+  }
+  Py_INCREF(value);  // which comparing the keys may drop
+  int result = same(key, expected.key);
+  if (result > 0) {
+    result = same(value, expected.value);
+  }
+  Py_DECREF(value);
+  return result;
+}
+
+int is_same_object(const Object& expected) {
+  if (reinterpret_cast<PyObject*>(Py_TYPE(expected.object)) != expected.type) {
+    return 0;
+  }
+  if (expected.dict == Py_Ellipsis) {
+    return 1;
+  }
+  PyObject* const found = PyObject_GenericGetDict(expected.object, nullptr);
+  Py_XDECREF(found);  // the object has it still
+  return found == nullptr ? -1 : found == expected.dict;
+}
+
+int has_ordered_items(const Dict& expected) {
+  PyObject* const pairs = PyMapping_Items(expected.dict);
+  if (pairs == nullptr) {
+    return -1;
+  }
+  int result = static_cast<size_t>(PyList_Size(pairs)) == expected.items.size();
+  for (size_t i = 0; result > 0 && i < expected.items.size(); ++i) {
+    PyObject* const pair = PyList_GetItem(pairs, static_cast<Py_ssize_t>(i));
+    result = same_item(PyTuple_GetItem(pair, 0), PyTuple_GetItem(pair, 1), expected.items[i]);
+  }
+  Py_DECREF(pairs);
+  return result;
+}
+
+// Whether the dictionary has the expected items in their order.
+int has_items(const Dict& expected) {
+  if (static_cast<size_t>(PyDict_Size(expected.dict)) != expected.items.size()) {
+    return 0;
+  }
+  if (expected.is_ordered && !expected.items.empty()) {
+    return has_ordered_items(expected);
+  }
+  Py_ssize_t position = 0;
+  PyObject *key = nullptr, *value = nullptr;
+  for (const Item& item : expected.items) {
+    const int result = PyDict_Next(expected.dict, &position, &key, &value) != 0 ? same_item(key, value, item) : 0;
+    if (result <= 0) {
+      return result;
+    }
+  }
+  return 1;
+}
+
 PyObject* holds(PyObject* self, PyObject*) {
-  const Contents* const contents = as_record(self)->contents;
-  if (contents == nullptr) {  // the garbage collector has cleared it
-    Py_RETURN_FALSE;
-  }
-  for (const TypedObject& one : contents->types) {
-    if (reinterpret_cast<PyObject*>(Py_TYPE(one.object)) != one.type) {
-      Py_RETURN_FALSE;
+  int result = as_record(self)->contents != nullptr;  // null: the garbage collector has cleared it
+  if (result > 0) {
+    const Contents& contents = *as_record(self)->contents;
+    for (size_t i = 0; result > 0 && i < contents.objects.size(); ++i) {
+      result = is_same_object(contents.objects[i]);
+    }
+    for (size_t i = 0; result > 0 && i < contents.dicts.size(); ++i) {
+      result = has_items(contents.dicts[i]);
     }
   }
-  for (const SizedDict& one : contents->sizes) {
-    if (PyDict_Size(one.dict) != one.size) {
-      Py_RETURN_FALSE;
-    }
-  }
-  for (const Entry& one : contents->entries) {
-    PyObject* const found = PyDict_GetItemWithError(one.dict, one.key);
-    const int is_same = found != nullptr ? same(found, one.value) : 0;
-    if (is_same <= 0) {
-      return PyErr_Occurred() != nullptr ? nullptr : Py_NewRef(Py_False);
-    }
-  }
-  Py_RETURN_TRUE;
+  return result < 0 ? nullptr : Py_NewRef(result > 0 ? Py_True : Py_False);
 }
 
 PyMethodDef methods[] = {
     {"holds", &holds, METH_NOARGS,
-     "Whether each object of (object, type, ...) is of that type, each dict of (dict, size, ...) has that size, and "
-     "each of (dict, key, value, ...) that value there: the same object, or an equal int, float, str or tuple."},
+     "Whether each object of (object, type, its dict, ...) is of that type and has that dict, and each dict of "
+     "(dict, items, ...) has those items in that order, items being (key, value, ...): the same object, or an equal "
+     "int, float, str, tuple or list. Ellipsis in the place of a dict or value stands for any."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyType_Slot slots[] = {{Py_tp_new, reinterpret_cast<void*>(&create)},

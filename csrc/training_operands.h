@@ -108,6 +108,7 @@ struct Training {
         tensor.size(0) != steps + 1) {
       fail("watch: expected float64 (", steps + 1, ",) on the CPU, got shape ", shape(tensor));
     }
+    check_memory("watch", tensor);
     NetworkOperand::check_contiguous("watch", tensor);
     return static_cast<double*>(tensor.mutable_data_ptr());
   }

@@ -17,6 +17,7 @@ from torch._compile import _disable_dynamo  # as torch.compiler.disable, but imp
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from . import backends, reference
+from .eager import PLAIN_TENSORS, is_intercepted
 
 __all__ = ["DifferentiableOperator", "TritonOperator", "library"]
 
@@ -84,25 +85,32 @@ class DifferentiableOperator:
             library.impl(self.name, _disable_dynamo(self._under_autocast(device_type, key)), key)
 
     def __call__(self, *args: Any) -> Tensor:
-        """Run on checked arguments: as one node of the graph when compiling, else straight into the Function."""
+        """Run on checked arguments: as one node of the graph where there is one, else straight into the Function."""
         if torch.compiler.is_compiling():
             if torch._C._are_functorch_transforms_active():  # Dynamo cannot trace a Function under torch.func
                 return self.definition(*args)
             return self._packet(self.name)(*args)
+        is_eager = not is_intercepted()
+        if not (is_eager or torch._C._are_functorch_transforms_active()):
+            return self._packet(self.name)(*args)
         device_type = args[0].device.type
         if device_type in _AUTOCAST_KEYS and torch.is_autocast_enabled(device_type):
             args = self._cast(device_type, args)
-        return (self.recording_function if self._records(args) else self.function).apply(*args)
+        return (self.recording_function if is_eager and self._records(args) else self.function).apply(*args)
 
     def _records(self, args: tuple) -> bool:
-        """Whether forward should keep what spares backward a second forward: the native CPU kernels can."""
+        """Whether forward should keep what spares backward a second forward: the native CPU kernels can.
+
+        The operator that does is private: nobody else knows it, so that no other tensors and modes may meet it.
+        """
+        tensors = [t for t in args[: self.num_tensors] if t is not None]
         return (
             self.can_record
             and self.general is not None
             and args[0].device.type == "cpu"
             and torch.is_grad_enabled()
-            and any(t is not None and t.requires_grad for t in args[: self.num_tensors])
-            and not torch._C._are_functorch_transforms_active()
+            and any(t.requires_grad for t in tensors)
+            and all(type(t) in PLAIN_TENSORS for t in tensors)
             and backends.why_unavailable("native", "cpu") is None
         )
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends, ops, reference
+from .eager import check_memory
 from .tables import Connections
 
 
@@ -54,10 +55,12 @@ def conv_act_pool(
     backend = _resolve_backend(backend, input)
     if backend == "auto" and pool == "none" and padding == 0 and batched.shape[2:] == weight.shape[2:]:
         # One window covers the input (LeNet-5's C5): a matrix product, several times faster (docs/kernels.md).
+        _check_memory(input=batched, weight=weight, bias=bias)
         product = F.linear(batched.flatten(1), weight.flatten(1), bias)
         output = reference.ACTIVATIONS[activation](product)[..., None, None]
     else:
-        output = _operator("conv_act_pool", backend)(batched, weight, bias, padding, activation, pool)
+        run = _operator("conv_act_pool", backend, input=batched, weight=weight, bias=bias)
+        output = run(batched, weight, bias, padding, activation, pool)
     return output if input.dim() == 4 else output.squeeze(0)
 
 
@@ -96,7 +99,8 @@ def sparse_conv_act_pool(
     _check_weight(weight, connections)
     _check_maps("bias", bias, connections.out_channels)
     batched, padding = _prepare_input(input, connections.in_channels, padding, weight.shape[-1], pool)
-    run = _operator("sparse_conv_act_pool", _resolve_backend(backend, input))
+    backend = _resolve_backend(backend, input)
+    run = _operator("sparse_conv_act_pool", backend, input=batched, weight=weight, bias=bias)
     output = run(batched, weight, bias, connections.indices, connections.out_channels, padding, activation, pool)
     return output if input.dim() == 4 else output.squeeze(0)
 
@@ -139,7 +143,8 @@ def conv_subsample(
     for name, tensor in (("bias", bias), ("coefficient", coefficient), ("pool_bias", pool_bias)):
         _check_maps(name, tensor, out_channels)
     batched, padding = _prepare_input(input, in_channels, padding, weight.shape[-1], "avg")
-    run = _operator("conv_subsample", _resolve_backend(backend, input))
+    tensors = {"input": batched, "weight": weight, "bias": bias, "coefficient": coefficient, "pool_bias": pool_bias}
+    run = _operator("conv_subsample", _resolve_backend(backend, input), **tensors)
     indices = None if connections is None else connections.indices
     output = run(batched, weight, bias, coefficient, pool_bias, indices, padding, activation)
     return output if input.dim() == 4 else output.squeeze(0)
@@ -172,7 +177,8 @@ def linear_act(
     check_choice("activation", activation, reference.ACTIVATIONS)
     batched = _prepare_features(input, weight, "weight")
     _check_maps("bias", bias, weight.shape[0])
-    output = _dense_operator("linear_act", backend, input)(batched, weight, bias, activation)
+    run = _dense_operator("linear_act", backend, input=batched, weight=weight, bias=bias)
+    output = run(batched, weight, bias, activation)
     return output if input.dim() == 2 else output.squeeze(0)
 
 
@@ -194,7 +200,7 @@ def rbf(input: Tensor, codes: Tensor, *, backend: str = "auto") -> Tensor:
     """
     _check_tensors(input=input, codes=codes)
     batched = _prepare_features(input, codes, "codes")
-    output = _dense_operator("rbf", backend, input)(batched, codes)
+    output = _dense_operator("rbf", backend, input=batched, codes=codes)(batched, codes)
     return output if input.dim() == 2 else output.squeeze(0)
 
 
@@ -300,6 +306,7 @@ def _resolve_padding(input: Tensor, padding: int | str, kernel_size: int, pool: 
     elif padding == "same":
         padding = (kernel_size - 1) // 2
         if kernel_size % 2 == 0:
+            check_memory("input", input)
             input = F.pad(input, (0, 1, 0, 1))
     elif isinstance(padding, str):
         raise ValueError(f"padding: expected an int, 'valid' or 'same', got {padding!r}")
@@ -325,8 +332,16 @@ def _resolve_backend(backend: str, input: Tensor) -> str:
     return backend
 
 
-def _operator(name: str, backend: str) -> Callable[..., Tensor]:
+def _check_memory(**tensors: Tensor | None) -> None:
+    """For PyTorch's operators: those of the package look themselves."""
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            check_memory(name, tensor)
+
+
+def _operator(name: str, backend: str, **tensors: Tensor | None) -> Callable[..., Tensor]:
     if backend == "reference":
+        _check_memory(**tensors)
         return getattr(reference, name)
     return (ops.triton if backend == "triton" else ops.dispatched)[name]
 
@@ -338,8 +353,9 @@ def _prepare_features(input: Tensor, rows: Tensor, name: str) -> Tensor:
     return input if input.dim() == 2 else input.unsqueeze(0)
 
 
-def _dense_operator(name: str, backend: str, input: Tensor) -> Callable[..., Tensor]:
+def _dense_operator(name: str, backend: str, **tensors: Tensor | None) -> Callable[..., Tensor]:
     check_choice("backend", backend, ("auto", "triton", "reference"))
-    if _resolve_backend(backend, input) == "triton":
+    if _resolve_backend(backend, tensors["input"]) == "triton":
         return ops.triton[name]
+    _check_memory(**tensors)
     return getattr(reference, name)

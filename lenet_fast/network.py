@@ -45,6 +45,30 @@ class _Layer:
     def connections(self) -> Connections | None:
         return getattr(self.module, "connections", None)
 
+    def sizes(self) -> tuple[int, int, int]:
+        """Inputs and outputs (maps or features) of the weight, and its kernel size, 0 for a matrix.
+
+        What a layer computes depends on its weight alone: `out_channels`, `in_features` and the like are notes.
+
+        Raises:
+            NetworkError: a weight of another shape.
+        """
+        shape = tuple(self.module.weight.shape)
+        if self.is_dense:
+            if len(shape) == 2:
+                return shape[1], shape[0], 0
+            expected = "(O, D)"
+        elif self.connections is None:
+            if len(shape) == 4 and shape[2] == shape[3]:
+                return shape[1], shape[0], shape[2]
+            expected = "(C_out, C_in, K, K)"
+        else:
+            count = len(self.connections)
+            if len(shape) == 3 and shape[0] == count and shape[1] == shape[2]:
+                return self.connections.in_channels, self.connections.out_channels, shape[1]
+            expected = f"({count}, K, K)"
+        raise NetworkError(f"{self.name}.weight: expected {expected}, got {shape}")
+
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name in ("weight", "bias", "coefficient", "pool_bias"):
             parameter = getattr(self.module, name, None)
@@ -131,8 +155,15 @@ class Network:
         _TAKE.get(kind, Network._take_part)(self, node, layer)
 
     def _take_fused(self, node: fx.Node, layer: FusedConv2d) -> None:
-        pool = "subsample" if isinstance(layer, ConvSubsample2d) else layer.pool
-        self._take_convolution(_Layer(node.target, layer, layer.activation, pool, layer.padding))
+        subsamples = isinstance(layer, ConvSubsample2d)
+        pool, pools = ("subsample", ("subsample",)) if subsamples else (layer.pool, tuple(reference.POOLS))
+        for option, value, choices in (("activation", layer.activation, _ACTIVATIONS), ("pool", pool, pools)):
+            if value not in choices:
+                raise LeftAlone(f"its {option} is {value!r}")
+        padding = layer.padding
+        if padding not in ("valid", "same") and not (type(padding) is int and padding >= 0):
+            raise LeftAlone(f"its padding is {padding!r}")
+        self._take_convolution(_Layer(node.target, layer, layer.activation, pool, padding))
 
     def _take_linear(self, node: fx.Node, layer: nn.Linear) -> None:
         if not self._flattened:
@@ -216,42 +247,42 @@ class Network:
         convs: list[list[int]] = []
         denses: list[list[int]] = []
         for index, layer in enumerate(self.layers):
+            inputs, outputs, kernel = layer.sizes()
             if layer.is_dense:
                 features = channels * height * width
-                if layer.module.in_features != features:
+                if inputs != features:
                     raise NetworkError(
-                        f"{layer.name}: expected {layer.module.in_features} features, "
+                        f"{layer.name}: expected {inputs} features, "
                         f"{features} arrive there from images of shape {image}"
                     )
-                outputs = layer.module.out_features
-                denses.append(_dense_numbers(layer, outputs))
+                denses.append(_dense_numbers(layer, outputs, kernel))
                 channels, height, width = outputs, 1, 1
                 continue
-            conv = layer.module
-            if channels != conv.in_channels:
-                raise NetworkError(f"{layer.name}: expected {conv.in_channels} channels, {channels} arrive there")
-            kernel, padding = _side(conv.kernel_size), _padding(layer)
+            if channels != inputs:
+                raise NetworkError(f"{layer.name}: expected {inputs} channels, {channels} arrive there")
+            padding = _padding(layer, kernel)
             sizes = [size + 2 * padding - kernel + 1 for size in (height, width)]
             least = 1 if layer.pool == "none" else 2
             if min(sizes) < least:
                 raise NetworkError(f"{layer.name}: nothing is left of images of shape {image} there")
             behind = self.layers[index + 1 :]
             if sizes == [1, 1] and padding == 0 and layer.connections is None and all(b.is_dense for b in behind):
-                denses.append(_dense_numbers(layer, conv.out_channels))  # a window over the whole input
-                channels, height, width = conv.out_channels, 1, 1
+                denses.append(_dense_numbers(layer, outputs, kernel))  # a window over the whole input
+                channels, height, width = outputs, 1, 1
                 continue
             indices = [] if layer.connections is None else list(layer.connections.indices)
             count = -1 if layer.connections is None else len(indices)
-            has_bias = int(conv.bias is not None)
+            has_bias = int(layer.module.bias is not None)
             options = [_ACTIVATIONS.index(layer.activation), _POOLS.index(layer.pool), has_bias, count]
-            convs.append([conv.out_channels, kernel, padding, *options, *indices])
-            channels = conv.out_channels
+            convs.append([outputs, kernel, padding, *options, *indices])
+            channels = outputs
             height, width = sizes if layer.pool == "none" else [size // 2 for size in sizes]
         classes = channels
         if self.rbf is not None:
-            if self.rbf.in_features != channels:
-                raise NetworkError(f"RBF: expected {self.rbf.in_features} features, {channels} arrive there")
-            classes = self.rbf.num_classes
+            codes = tuple(self.rbf.codes.shape)
+            if len(codes) != 2 or codes[1] != channels:
+                raise NetworkError(f"RBF: codes of shape {codes}, {channels} features arrive there")
+            classes = codes[0]
         for kind, found in (("convolutions", convs), ("dense layers", denses)):
             if not 1 <= len(found) <= _MOST_LAYERS:
                 raise NetworkError(f"{len(found)} {kind}: the native network has 1 to {_MOST_LAYERS}")
@@ -296,18 +327,13 @@ def _flatten_range(node: fx.Node, layer: nn.Module | None) -> tuple[int, int]:
     return given.get("start_dim", 0), given.get("end_dim", -1)
 
 
-def _side(kernel_size: int | tuple[int, int]) -> int:
-    return kernel_size if isinstance(kernel_size, int) else kernel_size[0]
-
-
-def _padding(layer: _Layer) -> int:
+def _padding(layer: _Layer, kernel: int) -> int:
     if not isinstance(layer.padding, str):
         return layer.padding
-    kernel = _side(layer.module.kernel_size)
     if layer.padding == "same" and kernel % 2 == 0:
         raise NetworkError(f"{layer.name}: padding 'same' of an even kernel size, {kernel}, is not symmetric")
     return (kernel - 1) // 2 if layer.padding == "same" else 0
 
 
-def _dense_numbers(layer: _Layer, outputs: int) -> list[int]:
-    return [outputs, _ACTIVATIONS.index(layer.activation), int(layer.module.bias is not None)]
+def _dense_numbers(layer: _Layer, outputs: int, kernel: int) -> list[int]:
+    return [outputs, _ACTIVATIONS.index(layer.activation), int(layer.module.bias is not None), kernel]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional, reference
-from .tables import DIGIT_BITMAPS, Connections
+from .tables import DIGIT_BITMAPS, Connections, digit_bitmaps
 
 __all__ = ["RBF", "ConvActPool2d", "ConvSubsample2d", "FusedConv2d", "MAPLoss", "ScaledTanh", "SparseConvActPool2d"]
 
@@ -300,7 +300,7 @@ class RBF(nn.Module):
         if codes is not None and tuple(codes.shape) != shape:
             raise ValueError(f"codes: expected shape {shape}, got {tuple(codes.shape)}")
         if codes is None and shape == tuple(DIGIT_BITMAPS.shape):
-            codes = DIGIT_BITMAPS
+            codes = digit_bitmaps()
         self.in_features = in_features
         self.num_classes = num_classes
         self.backend = "auto"

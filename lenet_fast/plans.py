@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import itertools
 import linecache
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -155,14 +157,19 @@ def _walked(module: nn.Module, trace: Trace) -> Iterator[tuple[str, ...]]:
     yield from map(_split, trace.inlined)
 
 
+_compiled = itertools.count(1)
+
+
 def _compile(graph: fx.Graph, cls: type) -> Callable[..., Any]:
-    """The Python function forward(self, ...) that a graph stands for; tracebacks show its lines."""
+    """The Python function forward(self, ...) that a graph stands for; tracebacks show its lines while it is there."""
     try:
         code = graph.python_code("self")
     except Exception as error:  # an argument that has no literal, say
         raise LeftAlone(f"cannot be turned into code ({type(error).__name__}: {error})") from None
-    filename = f"<forward of {cls.__name__} with runs fused by lenet_fast, {id(graph):x}>"
+    filename = f"<forward of {cls.__name__} with runs fused by lenet_fast, {next(_compiled)}>"
     linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
     namespace = dict(code.globals)
     exec(compile(code.src, filename, "exec"), namespace)
-    return namespace["forward"]
+    forward = namespace.pop("forward")  # which would keep itself alive
+    weakref.finalize(forward, linecache.cache.pop, filename, None).atexit = False
+    return forward

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .eager import among_real_tensors
+
 __all__ = ["DIGIT_BITMAPS", "LENET5_C3", "Connections"]
 
 
@@ -35,7 +37,8 @@ class Connections:
             raise TypeError(f"table: expected a tensor of dtype bool, got {got}")
         if table.dim() != 2 or 0 in table.shape:
             raise ValueError(f"table: expected (C_out, C_in), got shape {tuple(table.shape)}")
-        return cls(*table.shape, tuple(table.flatten().nonzero().flatten().tolist()))
+        with among_real_tensors():  # LENET5_C3 is one
+            return cls(*table.shape, tuple(table.flatten().nonzero().flatten().tolist()))
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -88,7 +91,12 @@ def _bitmaps(drawings: str) -> Tensor:
     return torch.tensor([[1.0 if pixel == "#" else -1.0 for row in rows for pixel in row] for rows in digits])
 
 
-DIGIT_BITMAPS = _bitmaps(_DRAWINGS)
+def digit_bitmaps() -> Tensor:
+    """`DIGIT_BITMAPS` made anew, which is a fake tensor where tensors are."""
+    return _bitmaps(_DRAWINGS)
+
+
+DIGIT_BITMAPS = digit_bitmaps()
 """Target codes of the output layer: 7x12 drawings of the digits, row by row, +1 ink and -1 background; (10, 84).
 
 Our own drawings: LeCun et al. (1998), figure 3, shows those of the paper as a picture only.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .eager import check_memory
 from .functional import check_choice
 from .models import InputSpec
 from .network import NetworkError
@@ -207,6 +208,7 @@ class FusedTrainer:
         images, labels = self._check_data(images, labels)
         if order.dtype != torch.int64 or order.dim() != 1 or not len(order):
             raise ValueError(f"order: expected int64 (M,), M > 0, got {order.dtype} of shape {tuple(order.shape)}")
+        check_memory("order", order)
         for index in torch.stack(order.aminmax()).tolist():
             if not 0 <= index < len(labels):
                 raise ValueError(f"order: expected indices from 0 to {len(labels) - 1}, got {index}")
@@ -297,6 +299,7 @@ class FusedTrainer:
         for name, value in (("images", images), ("labels", labels)):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+            check_memory(name, value)
             if value.device != parameter.device:
                 raise ValueError(f"{name}: expected on {parameter.device} as the model is, got {value.device}")
         if images.dtype == torch.uint8:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import backends
+from .eager import check_memory
 from .network import Network, NetworkError
-from .snapshot import Record, Snapshot
+from .snapshot import Record, Snapshot, items_of
 
 __all__ = ["TrainingOperands"]
 
@@ -128,42 +129,48 @@ class TrainingOperands:
         self._snapshot = Snapshot(self.model)
         self.names, self.parameters = zip(*self.network.named_parameters(), strict=True)
         self.tensors = self.network.tensors()
-        self._numbers: dict[tuple[int, int, int], list[int]] = {}
         self._check_parameters()
 
     # --- parameters --------------------------------------------------------------------------------------------------
 
     def _marks_now(self) -> list[tuple]:
-        """What can change of parameters that stay the same objects; the native step checks their sizes."""
+        """What can change of tensors that stay the same objects, and their number of values for their shape."""
         return [
             (
-                p.data_ptr(),
-                p.dtype,
-                p.stride(),
-                p.requires_grad,
-                bool(p._backward_hooks or p._post_accumulate_grad_hooks),
+                t.data_ptr(),
+                t.dtype,
+                t.numel(),
+                t.stride(),
+                t.requires_grad,
+                bool(t._backward_hooks or t._post_accumulate_grad_hooks),
             )
-            for p in self.parameters
+            for t in self.tensors
         ]
 
     def _check_parameters(self) -> None:
-        """Raise unless the native step can write to all of them."""
+        """Raise unless the native step can write to all of them, and read the codes of an RBF layer."""
         self._marks: list[tuple] | None = None
         self._state = None  # of the optimizer: to look up again
+        self._numbers: dict[tuple[int, int, int], list[int]] = {}
         self._refusals: dict[tuple[int, int, int], str | None] = {}
         ranges = []
-        dtype = self.parameter.dtype
-        for name, parameter in zip(self.names, self.parameters, strict=True):
-            if parameter.dtype not in (torch.float32, torch.float64) or parameter.dtype != dtype:
-                raise NetworkError(f"{name}: expected float32 or float64, one for all, got {parameter.dtype}")
-            if (reason := backends.why_untrained(parameter.device.type)) is not None:
-                raise NetworkError(f"{name}: on {parameter.device}, where the fused trainer cannot run: {reason}")
-            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+        first = self.parameter
+        for name, tensor in zip((*self.names, "codes of the RBF layer"), self.tensors, strict=False):
+            if torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python):
+                raise NetworkError(f"{name}: a {type(tensor).__name__}, whose operators are not PyTorch's own")
+            if tensor.dtype not in (torch.float32, torch.float64) or tensor.dtype != first.dtype:
+                raise NetworkError(f"{name}: expected float32 or float64, one for all, got {tensor.dtype}")
+            if (reason := backends.why_untrained(tensor.device.type)) is not None:
+                raise NetworkError(f"{name}: on {tensor.device}, where the fused trainer cannot run: {reason}")
+            if tensor.device != first.device:
+                raise NetworkError(f"{name}: on {tensor.device}, {self.names[0]} is on {first.device}")
+            if tensor._backward_hooks or tensor._post_accumulate_grad_hooks:
                 raise NetworkError(f"{name}: has gradient hooks, which the fused trainer would not call")
-            if not parameter.is_contiguous():
-                raise NetworkError(f"{name}: not contiguous, strides {parameter.stride()} for {tuple(parameter.shape)}")
-            begin = parameter.data_ptr()
-            ranges.append((begin, begin + parameter.numel() * parameter.element_size(), name))
+            if not tensor.is_contiguous():
+                raise NetworkError(f"{name}: not contiguous, strides {tensor.stride()} for {tuple(tensor.shape)}")
+            check_memory(name, tensor)
+            begin = tensor.data_ptr()
+            ranges.append((begin, begin + tensor.numel() * tensor.element_size(), name))
         ranges.sort()
         for (_, end, name), (begin, _, other) in itertools.pairwise(ranges):
             if begin < end:
@@ -184,25 +191,29 @@ class TrainingOperands:
         first: list[Tensor] = []
         second: list[Tensor] = []
         counts: list[Tensor] = []
-        entries: list[Any] = []  # dict, key, value, ...: see csrc/snapshot.cpp
-        for parameter in self.parameters if moments else ():
+        items: list[Any] = []  # dict, its items, ...: see csrc/snapshot.cpp
+        for owner, parameter in zip(self.names, self.parameters, strict=True) if moments else ():
             state = optimizer.state[parameter] if parameter.requires_grad else {}
             for name, tensors in zip(moments, (first, second), strict=False):
                 if state.get(name) is None:
                     state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
+                if state[name].dtype != parameter.dtype or state[name].shape != parameter.shape:
+                    raise ValueError(
+                        f"optimizer: its {name} of {owner} is {state[name].dtype} {tuple(state[name].shape)}, the "
+                        f"parameter {parameter.dtype} {tuple(parameter.shape)} now; make a new trainer"
+                    )
                 tensors.append(state[name])
             if counts_steps:
                 if "step" not in state:
                     state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                 counts.append(state["step"])
             if parameter.requires_grad:
-                entries += [optimizer.state, parameter, state]
-                for name, value in state.items():
-                    entries += [state, name, value]
+                items += [state, items_of(state)]
+        items += [optimizer.state, items_of(optimizer.state)]
         self.first_moments, self.second_moments, self.step_counts = first, second, counts
         self.version += 1
         self._state, self._moments, self._owned = optimizer.state, moments, owned
-        self._state_record = Record((), (), tuple(entries))
+        self._state_record = Record((), tuple(items))
 
 
 def _refuse_hooks_on_all_modules() -> None:

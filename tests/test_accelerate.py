@@ -1,9 +1,12 @@
 """`accelerate` and `restore`: the same outputs, gradients and state_dict, fused where it can be, undone exactly."""
 
 import copy
+import gc
 import io
+import linecache
 import logging
 import pickle
+import traceback
 from collections import Counter, OrderedDict
 
 import pytest
@@ -1072,6 +1075,31 @@ class Built(nn.Module):
 
     def forward(self, x):
         return self.rest(self.c1(x))
+
+
+def test_what_is_no_longer_accelerated_leaves_no_source_behind():
+    """Tracebacks find the lines of a traced forward in linecache, for as long as there is that forward."""
+
+    def kept():
+        return [name for name in linecache.cache if "fused by lenet_fast" in name]
+
+    gc.collect()
+    before = set(kept())
+    model = nn.Sequential(nn.Conv2d(1, 4, 5), nn.ReLU(), nn.MaxPool2d(2))
+    other = accelerate(copy.deepcopy(model))
+    for _ in range(3):
+        accelerate(model)
+        assert len(set(kept()) - before) == 4  # two modes each
+    with pytest.raises(ValueError, match="channels") as raised:
+        other(torch.zeros(1, 3, 8, 8))
+    lines = [frame.line for frame in traceback.extract_tb(raised.tb) if "fused by lenet_fast" in frame.filename]
+    assert len(lines) == 1
+    assert "conv_act_pool(" in lines[0]
+    del raised
+    restore(model)
+    del other
+    gc.collect()
+    assert not set(kept()) - before
 
 
 def test_restores_fused_layers_to_plain_ones():

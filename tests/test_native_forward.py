@@ -275,6 +275,40 @@ def test_a_model_with_another_layer_in_it_goes_layer_by_layer(calls):
     assert not calls
 
 
+class Squashed(models.LeNet):
+    def forward(self, input):
+        return torch.tanh(super().forward(input))
+
+
+def test_what_a_derived_class_adds_is_added_once(calls):
+    model = build("lenet5")
+    images = images_for(model)
+    with torch.no_grad():
+        expected = torch.tanh(model(images))
+    model.__class__ = Squashed
+    with torch.inference_mode():
+        torch.testing.assert_close(model(images), expected, rtol=0, atol=1e-12)
+    assert not calls
+
+
+def test_it_is_native_again_when_a_refused_model_is_as_it_was(calls):
+    model = build("lenet5")
+    images = images_for(model)
+    before = assert_as_the_layers(model, images).clone()
+    assert len(calls) == 1
+    for _ in range(3):
+        model.half()
+        with torch.inference_mode():
+            for _ in range(2):
+                assert model(images.half()).dtype == torch.float16
+        model.double()
+        model.load_state_dict(build("lenet5").state_dict())
+        calls.clear()
+        assert torch.equal(assert_as_the_layers(model, images), before)
+        assert len(calls) == 1
+    assert len(model._native_forward._reading._releases) == 1  # the others are released
+
+
 def test_restore_and_the_reference_backend_are_plain(calls):
     model = build("lenet5-1998")
     images = images_for(model)

@@ -903,6 +903,9 @@ def bad_changes_between_steps():
         model.output.weight.data = memory[:200].view(10, 20)
         model.output.bias.data = memory[195:205]
 
+    def moments_of_another_dtype(model, trainer):
+        model.double()
+
     def moment_of_another_size(model, trainer):
         trainer.optimizer.state[model.output.weight]["exp_avg"] = torch.zeros(3)
 

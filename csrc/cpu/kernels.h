@@ -59,7 +59,7 @@ template <typename T>
 struct TrainingStep {
   const Network<T>* network;
   Images<T> images;
-  const int64_t* labels;
+  const int64_t* labels;            // by position in the order
   int64_t chunk_begin, chunk_size;  // positions in the order
   bool first_chunk, last_chunk;
   T factor;       // 1 / images of the batch

@@ -16,13 +16,13 @@ struct BlockLoss {
 // The loss of `count` images. `grad` receives the gradient of `factor` times the summed loss by the scores, 0 in absent
 // lanes; it may be the same memory as `scores`. `extra` null: no further score.
 template <typename T>
-BlockLoss<T> score_loss(const Vec<T>* scores, int64_t classes, const T* extra, const int64_t* const* labels,
-                        int64_t count, T factor, Vec<T>* grad) {
+BlockLoss<T> score_loss(const Vec<T>* scores, int64_t classes, const T* extra, const int64_t* labels, int64_t count,
+                        T factor, Vec<T>* grad) {
   using I = VecInt<T>;
   I label{};
   Vec<T> weight{};
   for (int64_t i = 0; i < count; ++i) {
-    label[i] = static_cast<typename VecTraits<T>::Bits>(*labels[i]);
+    label[i] = static_cast<typename VecTraits<T>::Bits>(labels[i]);
     weight[i] = factor;
   }
   Vec<T> highest = scores[0], own = scores[0];

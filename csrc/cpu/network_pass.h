@@ -327,14 +327,9 @@ void network_train(const TrainingStep<T>& step, int64_t begin, int64_t end, int6
     blocks.template forward<group>(true);
     for (int b = 0; b < group; ++b) {
       const int64_t at = first + b * n, count = std::min<int64_t>(n, end - at);
-      const int64_t* labels[n]{};
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t image = step.chunk_begin + at + i;
-        labels[i] = step.labels + step.images.index(image);
-      }
       const auto loss =
           score_loss<T>(blocks.scores(b), g.classes, g.output == Output::distances ? &step.extra_score : nullptr,
-                        labels, count, step.factor, blocks.grad_scores(b));
+                        step.labels + step.chunk_begin + at, count, step.factor, blocks.grad_scores(b));
       total.loss += loss.loss;
       total.correct += loss.correct;
     }

@@ -164,16 +164,14 @@ class FewImages {
   BlockLoss<T> loss() {
     const T sign = g_.output == Output::distances ? T(-1) : T(1);
     auto* const block = reinterpret_cast<Vec<T>*>(values_ + at_.block);
-    const int64_t* labels[kLanes<T>]{};
     std::fill(block, block + g_.classes, Vec<T>{});
     for (int64_t i = 0; i < images_; ++i) {
-      labels[i] = step_.labels + image(i);
       for (int64_t c = 0; c < g_.classes; ++c) {
         block[c][i] = sign * values_[at_.scores + i * g_.classes + c];
       }
     }
-    return score_loss<T>(block, g_.classes, g_.output == Output::distances ? &step_.extra_score : nullptr, labels,
-                         images_, step_.factor, block);
+    return score_loss<T>(block, g_.classes, g_.output == Output::distances ? &step_.extra_score : nullptr,
+                         step_.labels + step_.chunk_begin, images_, step_.factor, block);
   }
 
   // From the gradient of the scores to updated parameters: a layer's are when no gradient needs them any more.

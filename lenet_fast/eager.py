@@ -1,0 +1,50 @@
+"""What a call has to know of its surroundings: who listens to operators, and whether a tensor has memory."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+__all__ = ["PLAIN_TENSORS", "among_real_tensors", "check_memory", "is_intercepted"]
+
+PLAIN_TENSORS = (Tensor, nn.Parameter)  # types without a dispatch of their own, as fake tensors have
+
+# Of no public interface; each is a flag of this thread, which costs less than 0.1 us to read.
+_are_functorch_transforms_active = torch._C._are_functorch_transforms_active  # torch.func: grad, vmap, ...
+_is_tracing = torch._C._is_tracing  # torch.jit.trace
+_len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack  # FakeTensorMode, make_fx, FlopCounterMode, ...
+
+
+def is_intercepted() -> bool:
+    """Whether someone records or replaces the operators called now: they need to see those that are public."""
+    return _len_torch_dispatch_stack() > 0 or _is_tracing() or _are_functorch_transforms_active()
+
+
+def among_real_tensors() -> AbstractContextManager:
+    """A context in which operators on real tensors give real results, whatever mode is on around it."""
+    if torch.compiler.is_compiling() or not _len_torch_dispatch_stack():
+        return nullcontext()  # the other imports much
+    return _disable_current_modes()
+
+
+def check_memory(name: str, tensor: Tensor) -> None:
+    """Raise where the memory of `tensor` ends before its last element, which PyTorch's operators do not all notice.
+
+    It can be freed or cut while there are tensors in it, as FSDP does with ``untyped_storage().resize_(0)``. The native
+    operators see to it themselves (csrc/operands.h).
+
+    Raises:
+        RuntimeError: it does.
+    """
+    if torch.compiler.is_compiling() or type(tensor) not in PLAIN_TENSORS or is_intercepted():
+        return  # no memory to look at, perhaps
+    if tensor.device.type == "meta" or tensor.layout != torch.strided or not tensor.numel():
+        return
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    if (available := tensor.untyped_storage().nbytes()) < needed:
+        raise RuntimeError(
+            f"{name}: its memory was freed or cut, it has {available} bytes and shape {tuple(tensor.shape)} "
+            f"needs {needed}"
+        )
