@@ -79,6 +79,7 @@ class Interrupts:
 
 
 def _leave(number: int = signal.SIGINT, frame: FrameType | None = None) -> NoReturn:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(OSError):
         os.write(2, b"lenet-fast: interrupted\n")
     os._exit(STATUS)

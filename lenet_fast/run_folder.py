@@ -54,14 +54,15 @@ class RunFolder:
         """
         folder = cls(path)
         folder._made = [missing for missing in (folder.path, *folder.path.parents) if not missing.exists()]
-        folder.path.mkdir(parents=True, exist_ok=True)
-        folder.hold()
-        if there := folder._contents():
-            folder.release()
-            remedy = "name another folder"
-            if CHECKPOINT in there:
-                remedy += ", or resume the run in it"
-            raise FileExistsError(f"{path}: not empty, it has {', '.join(there[:3])}; {remedy}")
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            folder.hold()
+            if there := folder._contents():
+                remedy = "name another folder" + (", or resume the run in it" if CHECKPOINT in there else "")
+                raise FileExistsError(f"{path}: not empty, it has {', '.join(there[:3])}; {remedy}")
+        except BaseException:
+            folder._leave()
+            raise
         return folder
 
     @classmethod
@@ -82,7 +83,7 @@ class RunFolder:
             folder.release()
             if there:
                 raise FileNotFoundError(f"{missing}; {folder.path} is not the folder of a run")
-            raise FileNotFoundError(f"{missing}; the run was stopped before it had one: start it anew, here")
+            raise FileNotFoundError(f"{missing}; the run ended before it had one; start it anew in this folder")
         folder._remove_temporaries()
         return folder
 
@@ -97,8 +98,10 @@ class RunFolder:
         lock = (self.path / _LOCK).absolute()
         try:
             file = _lock(lock, self.path)
-        except FolderInUseError:
-            gc.collect()  # perhaps it was a run of this process that nothing refers to any more
+        except FolderInUseError as error:
+            if f" process {os.getpid()} " not in str(error):
+                raise
+            gc.collect()  # perhaps that was a run that nothing refers to any more
             file = _lock(lock, self.path)
         self._unlock = weakref.finalize(self, _unlock, file, lock, os.getpid())
         if self._left is not None and self._left != self._checkpoint():
@@ -116,10 +119,13 @@ class RunFolder:
         for name in _OWN:
             (self.path / name).unlink(missing_ok=True)
         self._remove_temporaries()
+        self._leave()
+
+    def _leave(self) -> None:
         self.release()
-        with contextlib.suppress(OSError):
-            for folder in self._made:
-                folder.rmdir()
+        with contextlib.suppress(OSError):  # one that is not empty stays
+            for made in self._made:
+                made.rmdir()
 
     def __enter__(self) -> "RunFolder":
         self.hold()
@@ -179,7 +185,7 @@ def _lock(path: Path, folder: Path) -> int | None:
         except OSError as error:
             _unlock(file, path, os.getpid())
             if error.errno not in _NO_LOCKS:
-                raise
+                raise OSError(error.errno, error.strerror, str(path)) from error
             warnings.warn(f"{folder}: not locked, its file system has no locks; train in it only once", stacklevel=4)
             return None
 

@@ -239,4 +239,6 @@ def _check_engine(found: Any, model: nn.Module, config: TrainConfig, is_trained:
 def _equals(found: Any, expected: Any) -> bool:
     if isinstance(expected, list | tuple):
         return type(found) is type(expected) and len(found) == len(expected) and all(map(_equals, found, expected))
-    return isinstance(found, str | int | float | bool | None) and found == expected
+    if isinstance(found, bool) is not isinstance(expected, bool):
+        return False
+    return isinstance(found, str | int | float | None) and found == expected

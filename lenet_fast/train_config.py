@@ -130,7 +130,7 @@ def _float(value: float) -> float:
     try:
         return float(value)
     except OverflowError:  # an int
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
 
 
 def _resolve_device(name: str) -> torch.device:
