@@ -31,6 +31,20 @@ def missing_native() -> dict[str, str | None]:
     return {device: _load_library(name) for device, name in _NATIVE_LIBRARIES.items()}
 
 
+def cpu_isa() -> str | None:
+    """The instruction set of the native CPU kernels, None where nothing is compiled.
+
+    Raises:
+        ValueError: $LENET_FAST_CPU_ISA names one that this machine does not run.
+    """
+    if importlib.util.find_spec("lenet_fast._build_info") is None:
+        return None
+    try:
+        return importlib.import_module("lenet_fast._build_info").selected_isa()
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
+
+
 def why_unavailable(backend: str, device_type: str) -> str | None:
     """Why `backend` cannot run on tensors of `device_type`; None when it can."""
     if backend == "native":

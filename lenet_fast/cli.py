@@ -8,16 +8,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import torch
 import typer
 from torch import nn
 
 from . import data, env, figures, images, inference
-from .checkpoint import CheckpointError, load_checkpoint
+from .checkpoint import CheckpointError
+from .interrupts import STATUS, Interrupted, Interrupts
+from .memory import out_of_memory
 from .models import MODELS, InputSpec, classify, criterion, measures_distance
-from .train import CHECKPOINT, Run, TrainConfig, TrainingError, build_model
+from .run_folder import CHECKPOINT
+from .saved_run import SavedRun
+from .train import Run, TrainConfig, TrainingError, build_model
 from .train_config import DTYPES, ENGINES, OPTIMIZERS, SCHEDULES
 from .train_display import Display, print_result, print_summary, print_time
 
@@ -31,15 +35,28 @@ app = typer.Typer(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0, or 1 (expected error, one line), 2 (wrong usage), 130 (Ctrl-C)."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), Interrupts() as interrupts:
         warnings.showwarning = lambda message, *_: print(f"lenet-fast: note: {message}", file=sys.stderr)
         try:
-            app(arguments, prog_name="lenet-fast")
-        except (ValueError, OSError, TrainingError, CheckpointError) as error:
-            _exit(f"error: {error}", code=1)
+            app(arguments, prog_name="lenet-fast", obj=interrupts)
+        except (Interrupted, KeyboardInterrupt):
+            _exit("interrupted", code=STATUS)
+        except Exception as error:
+            if (message := _expected(error)) is None:
+                raise
+            _exit(f"error: {message}", code=1)
 
 
-def _exit(message: str, code: int) -> None:
+def _expected(error: Exception) -> str | None:
+    """What to say of an error that input, settings or the machine caused; None of a fault of this program."""
+    if (reason := out_of_memory(error)) is not None:
+        return f"out of memory: {reason}"
+    if isinstance(error, ValueError | OSError | TrainingError | CheckpointError):
+        return str(error)
+    return None
+
+
+def _exit(message: str, code: int) -> NoReturn:
     print(f"lenet-fast: {message}", file=sys.stderr)
     raise SystemExit(code)
 
@@ -112,14 +129,14 @@ def train(
     print_summary(run)
     finished, started = len(run.history), time.perf_counter()
     try:
-        with Display(run) as display:
+        with Display(run, context.obj) as display:
             run.fit(on_step=display.show_step, on_epoch=display.show_epoch)
-    except KeyboardInterrupt:
+        print_time(run, run.history[finished:], time.perf_counter() - started)
+        print_result(run)
+    except (Interrupted, KeyboardInterrupt):
         command = f"lenet-fast train --resume {shlex.quote(str(run.folder))}"
         state = f"{len(run.history)} of {run.config.epochs} epochs are finished"
-        _exit(f"interrupted; {state} and saved. Continue with: {command}", code=130)
-    print_time(run, run.history[finished:], time.perf_counter() - started)
-    print_result(run)
+        _exit(f"interrupted; {state} and saved. Continue with: {command}", code=STATUS)
 
 
 def _default_folder(config: TrainConfig) -> Path:
@@ -238,23 +255,14 @@ def draw_figures(
 
 def _load_trained(path: Path, device: str) -> tuple[TrainConfig, nn.Module, InputSpec]:
     """The network of a run folder or checkpoint, on `device`, and its run's settings. Says what it is."""
-    if path.is_dir():
-        path /= CHECKPOINT
-    checkpoint = load_checkpoint(path)
-    known = {field.name for field in fields(TrainConfig)}
-    if unknown := checkpoint["config"].keys() - known:
-        raise CheckpointError(f"{path}: written by another version of lenet_fast, with {', '.join(sorted(unknown))}")
-    config = TrainConfig(**(checkpoint["config"] | {"device": device}))
+    saved = SavedRun.load(path / CHECKPOINT if path.is_dir() else path, device)
+    config, epochs = saved.config, len(saved.history)
     model, input_spec = build_model(config)
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: its parameters do not fit {config.model}") from error
+    saved.restore(model)
     kind = "plain PyTorch twin" if config.reference else "fused layers"
-    epochs = len(checkpoint["history"])
     print(f"model   {config.model}, {kind}, {epochs} of {config.epochs} epochs on {config.dataset}; on {config.device}")
     if epochs == 0:
-        warnings.warn(f"{path}: not trained yet, its weights are the initial ones", stacklevel=1)
+        warnings.warn(f"{saved.path}: not trained yet, its weights are the initial ones", stacklevel=1)
     return config, model.eval(), input_spec
 
 

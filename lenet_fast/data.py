@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import http.client
@@ -151,15 +152,35 @@ def load(name: str = "mnist-10k", data_dir: str | Path | None = None, download: 
     if user_folder and (files := _find_user_files("$LENET_FAST_DATA", user_folder, name)):
         return _read_dataset(name, files, own_data=True)
     cache = _cache_folder(name)
-    folders = (cache, DEBIAN_FOLDER) if name == "fashion-mnist" else (cache,)
+    folders = [] if cache is None else [cache]
+    if name == "fashion-mnist":
+        folders.append(DEBIAN_FOLDER)
     for folder in folders:
-        if len(files := _find(folder, name)) == len(FILES):
+        try:
+            files = _find(folder, name)
+        except PermissionError:  # another user's home folder; `_download` says that it cannot write there
+            continue
+        if len(files) == len(FILES):
             return _read_dataset(name, files, own_data=False)
     if not download:
         places = ", ".join([f"$LENET_FAST_DATA ({user_folder or 'not set'})", *map(str, folders)])
         raise DataError(f"{name}: found no full set of files in {places}, and download=False. {_BY_HAND}")
+    if cache is None:
+        raise DataError(f"{name}: there is no home folder to download into, set HOME or XDG_CACHE_HOME. {_BY_HAND}")
     _download(name, cache)
     return _read_dataset(name, _find(cache, name), own_data=False)
+
+
+def expand(origin: str, path: str | Path) -> Path:
+    """`path` with ~ and ~user replaced by the home folder.
+
+    Raises:
+        ValueError: there is no such user or home folder; names `origin`, where the path comes from.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{origin}: expected a path, or one in a home folder that exists; got {str(path)!r}") from None
 
 
 def read_idx(path: str | Path) -> np.ndarray:
@@ -295,7 +316,7 @@ def _find(folder: Path, name: str) -> dict[str, Path]:
 
 def _find_user_files(origin: str, folder: str | Path, name: str) -> dict[str, Path]:
     """All four files, or none where the folder has no trace of them."""
-    path = Path(folder).expanduser()
+    path = expand(origin, folder)
     if not path.is_dir():
         there = "a file" if path.exists() else "nothing"
         raise DataError(f"{origin}: expected a folder, found {there} at {path}")
@@ -306,9 +327,15 @@ def _find_user_files(origin: str, folder: str | Path, name: str) -> dict[str, Pa
     return found
 
 
-def _cache_folder(name: str) -> Path:
+def _cache_folder(name: str) -> Path | None:
+    """None where there is no home folder, as in a container whose user has no name."""
     base = os.environ.get("XDG_CACHE_HOME", "")  # which counts only if absolute, says its specification
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "lenet_fast" / name
+    if not os.path.isabs(base):
+        try:
+            base = Path.home() / ".cache"
+        except RuntimeError:
+            return None
+    return Path(base) / "lenet_fast" / name
 
 
 def _load_embedded() -> Dataset:
@@ -328,7 +355,13 @@ def _download(name: str, cache: Path) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        if not os.access(cache, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        reason = f"cannot write to the folder to download into, {cache}: {error.strerror}"
+        raise DataError(f"{name}: {reason}; set XDG_CACHE_HOME. {_BY_HAND}") from error
     present = _find(cache, name)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:

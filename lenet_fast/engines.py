@@ -1,6 +1,6 @@
 """What takes the steps of a training run: torch.autograd and torch.optim, or `FusedTrainer`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,23 @@ from .trainer import FusedTrainer
 __all__ = ["AutogradEngine", "FusedEngine", "make_engine"]
 
 OnStep = Callable[[int, Tensor | float], None]
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer of `config`, by torch.optim."""
+    common = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}  # a third of the time on the CPU
+    return {
+        "adam": lambda: torch.optim.Adam(parameters, **common),
+        "adamw": lambda: torch.optim.AdamW(parameters, **common),
+        "sgd": lambda: torch.optim.SGD(parameters, momentum=config.momentum, **common),
+    }[config.optimizer]()
+
+
+def moments(config: TrainConfig) -> tuple[str, ...]:
+    """What that optimizer keeps of each parameter once it has taken a step."""
+    if config.optimizer == "sgd":
+        return ("momentum_buffer",) if config.momentum else ()
+    return "step", "exp_avg", "exp_avg_sq"
 
 
 class AutogradEngine:
@@ -30,12 +47,7 @@ class AutogradEngine:
         self.autocast = torch.autocast(
             torch.device(config.device).type, torch.bfloat16, enabled=config.dtype == "bfloat16"
         )
-        parameters, common = model.parameters(), {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
-        self.optimizer: torch.optim.Optimizer = {  # fused: a third of the time on the CPU
-            "adam": lambda: torch.optim.Adam(parameters, **common),
-            "adamw": lambda: torch.optim.AdamW(parameters, **common),
-            "sgd": lambda: torch.optim.SGD(parameters, momentum=config.momentum, **common),
-        }[config.optimizer]()
+        self.optimizer = make_optimizer(model.parameters(), config)
 
     def run_epoch(
         self,

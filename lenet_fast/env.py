@@ -48,8 +48,8 @@ def _build_facts() -> dict[str, str]:
         return {"build": "nothing compiled: plain PyTorch serves every operator"}
     build = import_module("lenet_fast._build_info")
     try:
-        isa = build.selected_isa()
-    except RuntimeError as error:
+        isa = backends.cpu_isa()
+    except ValueError as error:
         isa = str(error)
     return {
         "CPU instruction set": f"{isa} (this machine runs {', '.join(build.supported_isas())})",

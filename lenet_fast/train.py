@@ -18,43 +18,38 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import nullcontext
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import data
-from .checkpoint import load_checkpoint, save_checkpoint, write_atomically
-from .engines import AutogradEngine, make_engine
+from . import backends, data
+from .checkpoint import save_checkpoint, write_atomically
+from .engines import make_engine
 from .inference import evaluate
+from .memory import out_of_memory
 from .models import MODELS, InputSpec, LeNet
+from .run_folder import CHECKPOINT, CONFIG, METRICS, FolderInUseError, RunFolder
+from .saved_run import Epoch, SavedRun
 from .train_config import TrainConfig
 from .trainer import TrainingError
 
-__all__ = ["Epoch", "Run", "TrainConfig", "TrainingError", "build_model"]
-
-CHECKPOINT, CONFIG, METRICS = "checkpoint.pt", "config.json", "metrics.csv"  # the files of a run folder
+__all__ = ["CHECKPOINT", "Epoch", "FolderInUseError", "Run", "TrainConfig", "TrainingError", "build_model"]
 
 _REPORT_SECONDS = 0.1  # reading the loss waits for the device: not after every step
 
 
-@dataclass(frozen=True)
-class Epoch:
-    """One finished epoch, a row of metrics.csv. Loss and train accuracy are of the batches as trained on."""
-
-    epoch: int
-    learning_rate: float  # of the first step
-    loss: float
-    train_accuracy: float
-    test_accuracy: float
-    seconds: float  # of training alone
-    examples_per_second: float
-
-
 def build_model(config: TrainConfig) -> tuple[nn.Module, InputSpec]:
-    """The network of `config` or its twin; a seed gives the same weights on every device and dtype."""
+    """The network of `config` or its twin; a seed gives the same weights on every device and dtype.
+
+    Raises:
+        ValueError: nothing can run it, as $LENET_FAST_CPU_ISA names an instruction set that this machine lacks.
+    """
+    if config.device == "cpu":
+        backends.cpu_isa()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         fused: LeNet = MODELS[config.model](device="cpu", dtype=torch.float32)
@@ -65,7 +60,8 @@ def build_model(config: TrainConfig) -> tuple[nn.Module, InputSpec]:
 class Run:
     """One training run: model, data on the device, engine, shuffle generator, and the epochs finished so far.
 
-    `folder` gets checkpoint.pt, config.json and metrics.csv; while it is None, nothing is written.
+    `folder` gets checkpoint.pt, config.json and metrics.csv, and is locked until `fit` ends; while it is None, nothing
+    is written.
     """
 
     def __init__(self, config: TrainConfig, *, dataset: data.Dataset | None = None) -> None:
@@ -81,19 +77,25 @@ class Run:
         self.config = replace(config, engine=self.engine.name)
         self.generator = torch.Generator(config.device).manual_seed(config.seed)
         self.history: list[Epoch] = []
-        self.folder: Path | None = None
+        self._folder: RunFolder | None = None
         self._data_crc32 = _crc32(self.dataset)
 
     @classmethod
     def create(cls, config: TrainConfig, folder: str | Path, *, dataset: data.Dataset | None = None) -> Run:
-        """Start a run in a new folder. Raises FileExistsError where there is something already."""
-        run = cls(config, dataset=dataset)
-        run.folder = Path(folder)
-        run.folder.mkdir(parents=True, exist_ok=True)
-        if any(run.folder.iterdir()):
-            raise FileExistsError(f"{folder}: not empty; name another folder, or resume the run in it")
-        (run.folder / CONFIG).touch(exist_ok=False)  # of two runs that start at once, one gets the folder
-        run._save([])
+        """Start a run in a new or empty folder; where that fails, nothing of it stays.
+
+        Raises:
+            FolderInUseError (an OSError): another run uses the folder; names its process.
+            FileExistsError: there is something already.
+        """
+        own = RunFolder.create(folder)
+        try:
+            run = cls(config, dataset=dataset)
+            run._folder = own
+            run._save([])
+        except BaseException:
+            own.discard()
+            raise
         return run
 
     @classmethod
@@ -105,39 +107,53 @@ class Run:
         engine, a schedule stretched over more epochs.
 
         Raises:
+            FolderInUseError (an OSError): another run uses the folder; names its process.
             FileNotFoundError: no checkpoint there.
-            CheckpointError: the checkpoint cannot be read.
+            CheckpointError: the checkpoint cannot be read, or has an entry that is not what it should be.
             ValueError: a setting that contradicts the run's, fewer epochs than are finished, or other data.
         """
-        folder = Path(folder)
-        checkpoint = load_checkpoint(folder / CHECKPOINT)
-        written = {"engine": AutogradEngine.name} | checkpoint["config"]  # versions without engines had this one
-        stored, history = TrainConfig(**written), checkpoint["history"]
+        own = RunFolder.open(folder)
+        try:
+            run = cls._resume(own, dataset, changes)
+        except BaseException:
+            own.release()
+            raise
+        return run
+
+    @classmethod
+    def _resume(cls, folder: RunFolder, dataset: data.Dataset | None, changes: dict[str, Any]) -> Run:
+        saved = SavedRun.load(folder.path / CHECKPOINT)
+        stored, finished = saved.config, len(saved.history)
         config = replace(stored, **changes)
         for name in changes.keys() - {"epochs", "data_dir", "engine"}:
             if getattr(config, name) != (fixed := getattr(stored, name)):
-                raise ValueError(f"{name}: cannot change in a run, {folder} has {fixed!r}; got {changes[name]!r}")
-        if config.epochs < len(history):
-            raise ValueError(f"epochs: {folder} has finished {len(history)} already; got {config.epochs}")
+                raise ValueError(f"{name}: cannot change in a run, {folder.path} has {fixed!r}; got {changes[name]!r}")
+        if config.epochs < finished:
+            raise ValueError(f"epochs: {folder.path} has finished {finished} already; got {config.epochs}")
         run = cls(config, dataset=dataset)
-        if run._data_crc32 != checkpoint["data_crc32"]:
-            raise ValueError(f"dataset: {run.dataset.source} is not what the run in {folder} was trained on")
-        if history and config.epochs != stored.epochs and config.schedule != "constant":
-            was = f"after {len(history)} of {stored.epochs} epochs"
-            warnings.warn(f"{was}, the {config.schedule} schedule goes on over {config.epochs}", stacklevel=2)
-        if checkpoint["threads"] != (threads := torch.get_num_threads()):
-            was = f"the run had {checkpoint['threads']} threads, now {threads}"
-            warnings.warn(f"{was}: it goes on equal to rounding, not to the last bit", stacklevel=2)
+        if run._data_crc32 != saved.data_crc32:
+            raise ValueError(f"dataset: {run.dataset.source} is not what the run in {folder.path} was trained on")
+        saved.restore(run.model)
+        saved.restore_generator(run.generator)
+        run.engine.load_state_dict(saved.engine_state())
+        if finished and config.epochs != stored.epochs and config.schedule != "constant":
+            was = f"after {finished} of {stored.epochs} epochs"
+            warnings.warn(f"{was}, the {config.schedule} schedule goes on over {config.epochs}", stacklevel=3)
+        if saved.threads != (threads := torch.get_num_threads()):
+            was = f"the run had {saved.threads} threads, now {threads}"
+            warnings.warn(f"{was}: it goes on equal to rounding, not to the last bit", stacklevel=3)
         if run.engine.name != stored.engine:
             was = f"the run had the {stored.engine} engine, now {run.engine.name}"
-            warnings.warn(f"{was}: it goes on equal to rounding, not to the last bit", stacklevel=2)
-        run.model.load_state_dict(checkpoint["model"])
-        run.engine.load_state_dict(checkpoint["engine"])
-        run.generator.set_state(checkpoint["generator"])
-        run.history = [Epoch(**epoch) for epoch in history]
-        run.folder = folder
+            warnings.warn(f"{was}: it goes on equal to rounding, not to the last bit", stacklevel=3)
+        run.history = saved.history
+        run._folder = folder
         run._save(run.history)
         return run
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the run is saved; None: nowhere."""
+        return None if self._folder is None else self._folder.path
 
     def fit(
         self,
@@ -146,12 +162,22 @@ class Run:
     ) -> list[Epoch]:
         """Train until `config.epochs` are finished; returns the history. After any exception, go on with `resume`.
 
+        Until it returns, no other run can use the folder.
+
         `on_step` gets the number of images done in this epoch and the last batch's loss, at most ten times a
         second; `on_epoch` gets every finished epoch, once it is on disk.
 
         Raises:
             TrainingError: loss or parameters are not finite; the checkpoint stays at the epoch before.
+            MemoryError: there is not enough for a batch.
+            FolderInUseError (an OSError): another run uses the folder, or has gone on with this one.
         """
+        with self._folder or nullcontext():
+            return self._fit(on_step, on_epoch)
+
+    def _fit(
+        self, on_step: Callable[[int, float], None] | None, on_epoch: Callable[[Epoch], None] | None
+    ) -> list[Epoch]:
         while len(self.history) < self.config.epochs:
             epoch = self._run_epoch(on_step)
             if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
@@ -183,6 +209,11 @@ class Run:
             losses, correct = self.engine.run_epoch(self._train.images, self._train.labels, order, rates, report)
         except TrainingError as error:
             raise TrainingError(_not_finite("the loss", number)) from error
+        except (MemoryError, RuntimeError) as error:
+            if (reason := out_of_memory(error)) is None:
+                raise
+            batch = f"a batch of {min(self.config.batch_size, size)} images; a smaller batch size needs less"
+            raise MemoryError(f"not enough for {batch} ({reason})") from error
         sizes = torch.tensor([len(batch) for batch in order.split(self.config.batch_size)], dtype=torch.float64)
         loss = (losses.to("cpu", torch.float64) @ sizes).item() / size  # waits for the device, so before the clock
         seconds = time.perf_counter() - started

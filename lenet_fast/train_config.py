@@ -1,9 +1,11 @@
 """What a training run is asked for: `TrainConfig`, checked when made, and the choices that it has."""
 
 import math
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, fields
+from types import NoneType
+from typing import Any, get_args
 
 import torch
 
@@ -70,6 +72,8 @@ class TrainConfig:
     engine: str = "auto"
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            _check_type(field.name, getattr(self, field.name), field.type)
         check_choice("engine", self.engine, ENGINES)
         check_choice("model", self.model, MODELS)
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
@@ -77,8 +81,10 @@ class TrainConfig:
         check_choice("dtype", self.dtype, DTYPES)
         complete = {
             "dataset": self.dataset or ("mnist" if self.data_dir is not None else "mnist-10k"),
-            "data_dir": None if self.data_dir is None else str(Path(self.data_dir).expanduser().resolve()),
-            "lr": OPTIMIZERS[self.optimizer] if self.lr is None else self.lr,
+            "data_dir": None if self.data_dir is None else str(data.expand("data_dir", self.data_dir).resolve()),
+            "lr": _float(OPTIMIZERS[self.optimizer] if self.lr is None else self.lr),
+            "momentum": _float(self.momentum),
+            "weight_decay": _float(self.weight_decay),
             "device": str(_resolve_device(self.device)),
         }
         for name, value in complete.items():
@@ -86,7 +92,7 @@ class TrainConfig:
         check_choice("dataset", self.dataset, data.DATASETS)
         for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or not least <= value < 2**63:
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
                 raise ValueError(f"{name}: expected an int of at least {least}, got {value!r}")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"lr: expected a finite number above 0, got {self.lr!r}")
@@ -105,6 +111,26 @@ class TrainConfig:
         """Learning rate of each of the `steps` of `epoch`, counted from 0."""
         schedule = SCHEDULES[self.schedule]
         return [self.lr * schedule((epoch + step / steps) / self.epochs) for step in range(steps)]
+
+
+def _check_type(name: str, value: object, annotation: Any) -> None:
+    kinds = get_args(annotation) or (annotation,)
+    if kinds == (int,):  # checked with its range
+        return
+    if float in kinds:
+        kinds += (int,)
+    if name == "data_dir":
+        kinds += (os.PathLike,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        words = " or ".join("None" if kind is NoneType else kind.__name__ for kind in kinds)
+        raise ValueError(f"{name}: expected {words}, got {value!r:.100}")
+
+
+def _float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an int
+        return math.inf if value > 0 else -math.inf
 
 
 def _resolve_device(name: str) -> torch.device:

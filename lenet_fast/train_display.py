@@ -1,15 +1,16 @@
 """What `lenet-fast train` shows of a run: what is trained, its progress, what came of it."""
 
-import signal
 import time
 from collections.abc import Sequence
-from types import FrameType, TracebackType
+from contextlib import ExitStack
+from types import TracebackType
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from . import plots
+from .interrupts import Interrupts
 from .train import CHECKPOINT, Epoch, Run
 
 __all__ = ["Display", "print_result", "print_summary", "print_time"]
@@ -67,12 +68,12 @@ def print_result(run: Run) -> None:
 class Display:
     """A line for every finished epoch and, where stdout is a terminal, a progress bar for the running one.
 
-    While it is open, Ctrl-C takes effect between steps: the exception that Python raises just anywhere can be lost in
-    a callback. A second Ctrl-C is raised at once.
+    While it is open, Ctrl-C takes effect between steps.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, interrupts: Interrupts) -> None:
         self._run = run
+        self._interrupts = interrupts
         console = Console()
         self._bar = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
@@ -85,21 +86,17 @@ class Display:
         self._task = self._bar.add_task("", total=len(run.dataset.train.labels), epoch="", status="")
 
     def __enter__(self) -> "Display":
-        self._interrupted = False
-        self._on_interrupt = signal.signal(signal.SIGINT, self._interrupt)
-        self._start_epoch()
-        self._bar.start()
+        with ExitStack() as stack:
+            stack.enter_context(self._interrupts.deferred())
+            self._start_epoch()
+            stack.enter_context(self._bar)
+            self._open = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
-        signal.signal(signal.SIGINT, self._on_interrupt)
-
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        self._interrupted = True
-        signal.signal(signal.SIGINT, self._on_interrupt)
+        self._open.close()
 
     def _start_epoch(self) -> None:
         number = f"{len(self._run.history) + 1}/{self._run.config.epochs}"
@@ -107,8 +104,7 @@ class Display:
         self._started = time.perf_counter()
 
     def show_step(self, done: int, loss: float) -> None:
-        if self._interrupted:
-            raise KeyboardInterrupt
+        self._interrupts.check()
         rate = done / (time.perf_counter() - self._started)
         self._bar.update(self._task, completed=done, status=f"loss {loss:.4f}  {rate:,.0f} images/s")
 
@@ -120,6 +116,5 @@ class Display:
         )
         self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
         if epoch.epoch < self._run.config.epochs:
-            if self._interrupted:
-                raise KeyboardInterrupt
+            self._interrupts.check()
             self._start_epoch()

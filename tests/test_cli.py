@@ -15,8 +15,11 @@ import pytest
 import torch
 
 import lenet_fast
-from lenet_fast import cli, data
+from lenet_fast import cli, data, interrupts, train
 from lenet_fast.checkpoint import load_checkpoint
+from lenet_fast.engines import FusedEngine
+from lenet_fast.interrupts import Interrupted, Interrupts
+from lenet_fast.run_folder import FolderInUseError, RunFolder
 
 LAST_LINE = r"loss \d\.\d{3}, train acc [01]\.\d{3}, test acc [01]\.\d{3}, [\d,]+\.\d examples/s on cpu"
 ENVIRONMENT = os.environ | {
@@ -210,6 +213,270 @@ def test_importing_the_package_or_training_needs_no_command_line_or_picture_libr
     assert output.stdout == "set()\n"
 
 
+# --- One error boundary -----------------------------------------------------------------------------
+
+
+def fail_with(monkeypatch, error):
+    def load(name, data_dir):
+        raise error
+
+    monkeypatch.setattr(data, "load", load)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "out of memory: MemoryError"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried 1 MiB.\nmore"),
+            "out of memory: CUDA out of memory. Tried 1 MiB.",
+        ),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory: DefaultCPUAllocator"),
+        (OSError(28, "No space left on device", "runs/x"), "[Errno 28] No space left on device: 'runs/x'"),
+        (ValueError("lr: expected"), "lr: expected"),
+    ],
+)
+def test_what_input_or_the_machine_cause_is_one_line(call, monkeypatch, tmp_path, error, message):
+    fail_with(monkeypatch, error)
+    code, out, err = call("train", "--run-dir", "run")
+    assert (code, out) == (1, "")
+    assert err.startswith(f"lenet-fast: error: {message}")
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("a bug"), KeyError("a bug"), TypeError("a bug"), AssertionError("a bug")]
+)
+def test_a_bug_shows_where_it_is(tmp_path, monkeypatch, error):
+    monkeypatch.chdir(tmp_path)
+    fail_with(monkeypatch, error)
+    with pytest.raises(type(error), match="a bug"):
+        cli.main(["train"])
+
+
+def test_too_large_a_batch_says_so(call, few, monkeypatch):
+    def run_epoch(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.\nmore")
+
+    monkeypatch.setattr(FusedEngine, "run_epoch", run_epoch)
+    code, _, err = call("train", "--run-dir", "run", "--device", "cpu", "--batch-size", 150)
+    assert code == 1
+    assert err.startswith(
+        "lenet-fast: error: out of memory: not enough for a batch of 150 images; a smaller batch size "
+    )
+    assert err.endswith("you tried to allocate 99 bytes.)\n")
+    assert err.count("\n") == 1
+
+
+def test_a_full_disk_in_a_run_leaves_the_last_checkpoint(call, few, monkeypatch):
+    replace, saved = os.replace, []
+
+    def fill(source, target):
+        saved.append(target)
+        if len(saved) > 6:  # three files, twice
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fill)
+    code, _, err = call("train", "--run-dir", "run", "--epochs", 3, "--device", "cpu")
+    assert (code, err) == (1, "lenet-fast: error: [Errno 28] No space left on device: 'run/checkpoint.pt'\n")
+    assert len(load_checkpoint("run/checkpoint.pt")["history"]) == 1
+    assert {path.name for path in Path("run").iterdir()} == {"checkpoint.pt", "config.json", "metrics.csv"}
+    monkeypatch.undo()
+
+
+@pytest.fixture
+def homeless(monkeypatch):
+    """A user without a name, as in a container: no home folder."""
+    import pwd
+
+    def unknown(user):
+        raise KeyError(user)
+
+    for name in ("HOME", "XDG_CACHE_HOME", "LENET_FAST_DATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+
+
+def test_without_a_home_folder(call, homeless, tmp_path, monkeypatch):
+    no_home = "mnist: there is no home folder to download into, set HOME or XDG_CACHE_HOME"
+    unknown = "expected a path, or one in a home folder that exists; got "
+    for arguments, message in (
+        (("--dataset", "mnist"), no_home),
+        (("--data-dir", "~/mnist"), f"data_dir: {unknown}'~/mnist'"),
+        (("--data-dir", "~nosuchuser/mnist"), f"data_dir: {unknown}'~nosuchuser/mnist'"),
+    ):
+        code, out, err = call("train", *arguments)
+        assert (code, out) == (1, "")
+        assert err.startswith(f"lenet-fast: error: {message}")
+        assert err.count("\n") == 1
+    monkeypatch.setenv("LENET_FAST_DATA", "~nosuchuser/mnist")
+    code, _, err = call("train", "--dataset", "mnist")
+    assert (code, err) == (1, f"lenet-fast: error: $LENET_FAST_DATA: {unknown}'~nosuchuser/mnist'\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_needs_no_home_folder_works_without_one(call, homeless, few):
+    assert call("train", "--epochs", 1, "--run-dir", "run", "--device", "cpu")[0] == 0
+    assert call("eval", "run")[0] == 0
+    assert call("env")[0] == 0
+
+
+@pytest.mark.parametrize("there", ["a file", "nothing that can be made"])
+def test_a_cache_that_cannot_be_written_is_one_line(call, monkeypatch, tmp_path, there):
+    (tmp_path / "file").write_text("")
+    home = tmp_path / "file" if there == "a file" else Path("/proc/no such folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    monkeypatch.delenv("LENET_FAST_DATA", raising=False)
+    code, out, err = call("train", "--dataset", "mnist")
+    assert (code, out) == (1, "")
+    assert err.startswith(
+        f"lenet-fast: error: mnist: cannot write to the folder to download into, {home}/lenet_fast/mnist: "
+    )
+    assert err.count("\n") == 1
+
+
+def test_an_unknown_instruction_set_is_one_line(call, few, monkeypatch):
+    build_info = pytest.importorskip("lenet_fast._build_info", reason="nothing compiled")
+    call("train", "--epochs", 1, "--run-dir", "run", "--device", "cpu")
+
+    class Wrong:
+        @staticmethod
+        def selected_isa():
+            raise RuntimeError("LENET_FAST_CPU_ISA: expected one that this machine runs (portable), got 'nope'")
+
+        supported_isas, cuda_architectures = build_info.supported_isas, build_info.cuda_architectures
+        compiler, flags, torch_version = build_info.compiler, build_info.flags, build_info.torch_version
+
+    monkeypatch.setitem(sys.modules, "lenet_fast._build_info", Wrong)
+    Wrong.__spec__ = build_info.__spec__  # what importlib looks for
+    monkeypatch.setattr(lenet_fast, "_build_info", Wrong)
+    for command in (["train", "--run-dir", "new"], ["train", "--resume", "run"], ["eval", "run"], ["figures", "run"]):
+        code, out, err = call(*command, *([] if "--resume" in command else ["--device", "cpu"]))
+        assert (code, out) == (1, "")
+        assert err.startswith("lenet-fast: error: LENET_FAST_CPU_ISA: expected one that this machine runs")
+        assert err.count("\n") == 1
+    assert not Path("new").exists()
+    code, out, err = call("env")
+    assert (code, err) == (0, "")
+    assert "got 'nope'" in out
+
+
+# --- Ctrl-C -----------------------------------------------------------------------------------------
+
+
+def press(times=1):
+    for _ in range(times):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("times", [1, 30])
+def test_ctrl_c_before_the_first_step_leaves_nothing(call, monkeypatch, tmp_path, times):
+    monkeypatch.setattr(data, "load", lambda name, data_dir: press(times))
+    before = signal.getsignal(signal.SIGINT)
+    assert call("train", "--run-dir", "runs/new") == (130, "", "lenet-fast: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGINT) is before
+    for command in ("eval", "figures"):
+        monkeypatch.setattr(cli.SavedRun, "load", lambda path, device: press(times))
+        assert call(command, "run") == (130, "", "lenet-fast: interrupted\n")
+
+
+@pytest.mark.parametrize("times", [1, 30])
+@pytest.mark.parametrize("engine", ["fused", "autograd"])
+def test_ctrl_c_in_the_first_batch_leaves_a_run_to_resume(call, few, monkeypatch, times, engine):
+    monkeypatch.setattr(train, "_REPORT_SECONDS", 0)
+    prepare, pressed = train.InputSpec.prepare, []
+    evaluate = train.evaluate
+
+    def press_first(*arguments):
+        if not pressed:
+            pressed.append(times)
+            press(times)
+        return arguments
+
+    if engine == "fused":  # before its only call
+        run_epoch = FusedEngine.run_epoch
+        monkeypatch.setattr(FusedEngine, "run_epoch", lambda *arguments: run_epoch(*press_first(*arguments)))
+    else:
+        monkeypatch.setattr(train.InputSpec, "prepare", lambda *arguments: prepare(*press_first(*arguments)))
+    options = ("--run-dir", "run", "--device", "cpu", "--batch-size", 8, "--epochs", 2, "--engine", engine)
+    code, _, err = call("train", *options)
+    finished = "0 of 2 epochs are finished and saved. Continue with: lenet-fast train --resume run"
+    assert (code, err) == (130, f"lenet-fast: interrupted; {finished}\n")
+    assert {path.name for path in Path("run").iterdir()} == {"checkpoint.pt", "config.json", "metrics.csv"}
+    assert train.evaluate is evaluate
+    code, out, err = call("train", "--resume", "run")
+    assert (code, err) == (0, "")
+    assert "epochs 1 to 2" in out
+
+
+def test_deferred_ctrl_c_waits_for_the_next_check_and_a_second_one_does_not():
+    with Interrupts() as own:
+        own.check()
+        with own.deferred():
+            press()
+            with pytest.raises(Interrupted):
+                own.check()
+            press(3)  # on its way already
+            with pytest.raises(Interrupted):  # it was lost
+                own.check()
+    with Interrupts() as own, own.deferred():
+        press()
+        with pytest.raises(Interrupted):
+            press()
+        press(3)
+    with Interrupts():
+        with pytest.raises(Interrupted):
+            press()
+        press(3)
+
+
+def test_ctrl_c_that_was_lost_ends_the_process_when_pressed_again(monkeypatch):
+    monkeypatch.setattr(interrupts, "_PATIENCE_SECONDS", -1.0)
+    monkeypatch.setattr(interrupts, "_leave", lambda: left.append(1))
+    left = []
+    with Interrupts():
+        with pytest.raises(Interrupted):
+            press()
+        assert left == []
+        press()
+    assert left == [1]
+
+
+def test_ignored_ctrl_c_stays_ignored():
+    """So it is in a background job."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interrupts():
+            press()
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("how", ["module", "script", "library"])
+def test_ctrl_c_while_pytorch_is_imported(tmp_path, how):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    (tmp_path / "lenet-fast").write_text("from lenet_fast.cli import main\nmain()\n")
+    arguments = {"module": ["-m", "lenet_fast"], "script": [str(tmp_path / "lenet-fast")], "library": ["-c"]}[how]
+    arguments += ["import lenet_fast"] if how == "library" else ["train"]
+    path = os.pathsep.join([str(tmp_path), ENVIRONMENT["PYTHONPATH"]])
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, *arguments], env=ENVIRONMENT | {"PYTHONPATH": path}, **pipes)
+    assert process.stdout.readline() == "importing\n"
+    for _ in range(30):
+        process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    if how == "library":
+        assert process.returncode != 130
+        assert "KeyboardInterrupt" in err  # that is for the program to decide
+    else:
+        assert (process.returncode, err) == (130, "lenet-fast: interrupted\n")
+
+
 # --- The real process, interrupted ------------------------------------------------------------------
 
 
@@ -232,7 +499,11 @@ def test_interrupted_process_resumes_bit_for_bit(tmp_path, uninterrupted, how):
     for line in process.stdout:
         if line.startswith("epoch 1/"):
             break
-    time.sleep(0.1)  # into the second epoch
+    started = time.monotonic()
+    for second in (RunFolder.open, RunFolder.create):
+        with pytest.raises(FolderInUseError, match=f"a run: in use by process {process.pid} on .* since 20"):
+            second(tmp_path / "a run")
+    time.sleep(max(0.0, started + 0.1 - time.monotonic()))  # into the second epoch
     process.send_signal(how)
     _, err = process.communicate(timeout=60)
     saved = load_checkpoint(tmp_path / "a run" / "checkpoint.pt")
