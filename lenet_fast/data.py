@@ -22,6 +22,8 @@ from typing import IO
 import numpy as np
 import torch
 
+from .terminal import printable
+
 __all__ = ["DATASETS", "DataError", "Dataset", "Split", "load", "read_idx"]
 
 DATASETS: tuple[str, ...] = ("mnist-10k", "mnist", "fashion-mnist")
@@ -366,12 +368,10 @@ def _download(name: str, cache: Path) -> None:
                     break
                 except (OSError, http.client.HTTPException, ValueError) as error:
                     # A server may put anything into a message: keep it off the terminal.
-                    reason = "".join(c if c.isprintable() else "?" for c in str(error))
-                    failures.append(f"{url}: {reason or type(error).__name__}")
+                    failures.append(f"{url}: {printable(error) or type(error).__name__}")
                     progress.console.print(failures[-1], markup=False, highlight=False, soft_wrap=True)
             else:
-                tried = "".join(f"\n  {failure}" for failure in failures)
-                raise DataError(f"{name}: could not download {file}.gz, tried:{tried}\n{_BY_HAND}")
+                raise DataError(f"{name}: could not download {file}.gz, tried {'; '.join(failures)}. {_BY_HAND}")
 
 
 def _fetch(url: str, target: Path, md5: str, report: Callable[..., None]) -> None:
