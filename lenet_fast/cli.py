@@ -186,7 +186,8 @@ def predict(
                 continue
             outputs = inference.outputs(model, input_spec, digit.pixels[None])
             caption, details = _answer(model, outputs, names)
-            print(f"{printable(picture)}: {caption}; {details}")
+            left_out = f"; left out: {', '.join(digit.left_out)}" if digit.left_out else ""
+            print(f"{printable(picture)}: {caption}; {details}{left_out}")
             digits.append(digit)
             captions.append(caption)
         if digits:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import write_atomically
+from .ink import find_digit
 from .models import InputSpec
 
 if TYPE_CHECKING:
@@ -24,9 +25,7 @@ MISSING = "Pillow is not installed; `pip install lenet-fast[plot]` brings it"
 SOFTWARE = "lenet-fast"  # the PNG text "Software" of our own pictures: they may be replaced, others not
 
 MAX_PIXELS = 50_000_000  # 200 MB while it is read
-_LONGEST_SIDE = 2000  # a larger picture is averaged down first
-_LEAST_CONTRAST = 25  # of 255, between ink and background
-_IN_THE_BOX = 0.2  # of the strongest ink: specks and blur do not widen the bounding box
+_LONGEST_SIDE = 1000  # a larger picture is averaged down first
 
 _FIELD, _BOX, _CENTRE = 28, 20, 14  # MNIST: the digit in 20x20, its centre of mass on pixel (14, 14) of 28x28
 
@@ -44,6 +43,7 @@ class DrawnDigit:
     name: str
     pixels: Tensor
     thumbnail: "Image.Image"
+    left_out: tuple[str, ...] = ()
 
 
 # ---- Reading a picture
@@ -63,12 +63,12 @@ def read_digit(path: str | Path) -> DrawnDigit:
     """
     path = Path(path)
     picture = _open(path)
-    ink = _ink(np.asarray(picture, np.int16))
-    if ink is None:
+    digit = find_digit(np.asarray(picture))
+    if digit is None:
         raise ImageError(f"{path}: no digit to be seen, nothing stands out from the background")
     thumbnail = picture.copy()
     thumbnail.thumbnail((_TILE, _TILE))
-    return DrawnDigit(path.name, torch.from_numpy(_normalise(ink)), thumbnail)
+    return DrawnDigit(path.name, torch.from_numpy(_normalise(digit.ink)), thumbnail, digit.notes)
 
 
 def _pillow() -> None:
@@ -119,25 +119,6 @@ def _without_transparency(rgba: "Image.Image") -> "Image.Image":
     return Image.alpha_composite(paper, rgba).convert("RGB")
 
 
-def _ink(rgb: np.ndarray) -> np.ndarray | None:
-    """How much ink each pixel has, float32 (H, W) from 0 to 1, cut to the bounding box; None where there is none."""
-    height, width = rgb.shape[:2]
-    margin = 1 + min(height, width) // 50
-    border = np.ones((height, width), bool)
-    border[margin:-margin, margin:-margin] = False
-    difference = rgb - np.median(rgb[border], axis=0).astype(np.int16)
-    # Ink is darker than the background or lighter, whichever is the stronger contrast; in any of the colours.
-    contrast = max((-difference).max(-1), difference.max(-1), key=np.max)
-    # Paper is not of one colour: what a quarter of the border exceeds, doubled, is no ink yet. 0 for a drawing.
-    paper = 2 * np.quantile(contrast[border].clip(0), 0.75)
-    most = contrast.max()
-    if most - paper < _LEAST_CONTRAST:
-        return None
-    ink = ((contrast - paper) / (most - paper)).clip(0, 1).astype(np.float32)
-    rows, columns = (np.flatnonzero((ink > _IN_THE_BOX).any(axis)) for axis in (1, 0))
-    return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-
-
 def _normalise(ink: np.ndarray) -> np.ndarray:
     """Ink from 0 to 1 in its bounding box, to MNIST's form, uint8 (28, 28)."""
     from PIL import Image
@@ -154,9 +135,6 @@ def _normalise(ink: np.ndarray) -> np.ndarray:
     )
     field[top : top + height, left : left + width] = np.rint(255 * small)
     return field
-
-
-# ---- A network's answer
 
 
 # ---- Pictures of our own

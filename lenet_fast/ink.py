@@ -1,0 +1,201 @@
+"""Which part of a picture is the digit: ink told from paper, and the digit's ink from frames, lines, specks and boxes.
+
+Everything is NumPy on a picture of moderate size; lengths are in pixels or in shares of the picture's sides.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .marks import Line, Mark, lines_of, marks_of, stroke_width
+
+_LEAST_CONTRAST = 25  # of 255, between ink and paper
+_IS_INK = 0.2  # of the strongest ink: blur and faint dirt are no ink
+_WIDEST_STROKE = 0.5  # of the longer side: what is wider is paper, a shadow or the table
+
+_THIN = 0.6  # of the digit's strokes: a single line that is so thin, or so faint, is none of them
+
+_SPECK = 0.03  # of the digit's ink
+_NEAR = 0.12  # of the digit's longer side: a piece that is no farther away is part of it
+_INSIDE = 0.3  # of the height of what surrounds it: what is so tall in a box or ring is the digit
+_LEAST_SIDE = 0.05  # of the picture's: less is no digit, if there is something else
+_RIVAL = 0.5  # of the digit's height: another mark that is so tall may be a digit itself
+
+
+@dataclass(frozen=True, eq=False)
+class Digit:
+    """A digit's ink, float32 (H, W) from 0 to 1, cut to its bounding box, and notes on what was left out of it."""
+
+    ink: np.ndarray
+    notes: tuple[str, ...]
+
+
+def find_digit(rgb: np.ndarray) -> Digit | None:
+    """The digit in a picture, uint8 (H, W, 3); None where nothing stands out from the paper.
+
+    The colour of most of the picture is the paper. Ink is what is darker (or lighter, if that is the stronger
+    contrast) than its surroundings and narrower than half the picture. Left out, and noted, are lines along the
+    border, lines across the picture, a box or ring with the digit in it, and marks that are small or far from the
+    largest one. Nothing is left out if nothing else is to be seen: a single stroke is a 1.
+    """
+    contrast = _contrast(rgb)
+    mask = _mask(contrast)
+    if mask is None:
+        return None
+    notes: list[str] = []
+    while found := next(filter(None, (find(contrast, mask) for find in (_frame, _ruling, _box))), None):
+        pixels, note = found
+        rest = np.where(_grown(pixels, 2) & ~(mask & ~pixels), 0, contrast)  # with its blurred rim
+        if (smaller := _mask(rest)) is None or not _could_be_digit(smaller):
+            break
+        contrast, mask = rest, smaller
+        notes.append(note)
+    kept = _digit(mask, notes)
+    # The blurred rim of the digit's strokes is part of it, what else is near is not.
+    ink = np.where(_grown(kept, 1 + max(mask.shape) // 200), contrast / contrast[kept].max(), 0)
+    rows, columns = (np.flatnonzero(kept.any(axis)) for axis in (1, 0))
+    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].clip(0, 1).astype(np.float32)
+    return Digit(ink, tuple(dict.fromkeys(notes)))
+
+
+# ---- Ink and paper
+
+
+def _contrast(rgb: np.ndarray) -> np.ndarray:
+    """By how many grey levels each pixel stands out from the paper around it, beyond noise: float32 (H, W)."""
+    height, width = rgb.shape[:2]
+    paper = np.median(rgb.reshape(-1, 3), axis=0).astype(np.int16)
+    margins = height // 20, width // 20  # a frame or a scanner's edge does not tell the colour of the ink
+    inner = rgb[margins[0] : height - margins[0], margins[1] : width - margins[1]].astype(np.int16)
+    if (inner - paper).max() > (paper - inner).max():
+        rgb = 255 - rgb
+    window = max(3, int(_WIDEST_STROKE * max(height, width)))
+    # Closing: the paper's colour spreads over everything that is darker and narrower than the window.
+    around = _spread(_spread(rgb, window, np.maximum), window, np.minimum)
+    contrast = (around - rgb).max(-1).astype(np.float32)
+    usual = np.median(contrast)
+    noise = np.median(np.abs(contrast - usual))
+    return (contrast - usual - 6 * noise).clip(0)
+
+
+def _spread(image: np.ndarray, window: int, largest: np.ufunc) -> np.ndarray:
+    """The largest (or smallest) value in the square of `window` pixels around each pixel of (H, W, C)."""
+    for axis in (0, 1):
+        before, after = (window - 1) // 2, window // 2
+        fill = 0 if largest is np.maximum else 255
+        padding = [(before, after) if axis == a else (0, 0) for a in range(image.ndim)]
+        image = np.pad(image, padding, constant_values=fill).swapaxes(0, axis)
+        reach = 1  # of every value so far; doubled, until the rest of the window fits
+        while 2 * reach <= window:
+            image = largest(image[:-reach], image[reach:])
+            reach *= 2
+        if rest := window - reach:
+            image = largest(image[:-rest], image[rest:])
+        image = image.swapaxes(0, axis)
+    return image
+
+
+def _grown(mask: np.ndarray, by: int) -> np.ndarray:
+    window = 2 * by + 1
+    return _spread(mask[..., None].astype(np.uint8), window, np.maximum)[..., 0].astype(bool)
+
+
+def _mask(contrast: np.ndarray) -> np.ndarray | None:
+    """The pixels with ink; None where there is none."""
+    strongest = contrast.max()
+    return contrast > _IS_INK * strongest if strongest >= _LEAST_CONTRAST else None
+
+
+# ---- What is no digit
+
+
+def _frame(contrast: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, str] | None:
+    """Lines along the border: a frame, a part of one, a scanner's edge."""
+    lines = [line for direction in lines_of(mask) for line in direction if line.at_border]
+    return _foreign(contrast, mask, lines, "the frame or edge along the border")
+
+
+def _ruling(contrast: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, str] | None:
+    """Lines from border to border: ruled or squared paper. A single stroke may run so, too; parallel ones do not."""
+    for direction in lines_of(mask):
+        lines = [line for line in direction if not line.at_border]
+        count = "a line" if len(lines) == 1 else f"{len(lines)} lines"
+        if found := _foreign(contrast, mask, lines, f"{count} across the picture"):
+            return found
+    return None
+
+
+def _foreign(contrast: np.ndarray, mask: np.ndarray, lines: list[Line], note: str) -> tuple[np.ndarray, str] | None:
+    """The lines' pixels, where they are no strokes of the digit: several, or one unlike the rest of the ink."""
+    if not lines:
+        return None
+    pixels = np.logical_or.reduce([line.pixels for line in lines])
+    rest = mask & ~pixels
+    if not rest.any():
+        return None
+    if len(lines) == 1:
+        like_a_stroke = _THIN < lines[0].thickness / stroke_width(rest) < 1 / _THIN
+        as_dark = np.median(contrast[pixels]) > _THIN * np.median(contrast[rest])
+        if like_a_stroke and as_dark:
+            return None
+    return pixels, note
+
+
+def _box(contrast: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, str] | None:
+    """What surrounds the digit: closed, as a box or a ring, or straight along the sides of its bounding box."""
+    marks = marks_of(mask)
+    for outer in marks[:5]:
+        pixels = outer.on(mask.shape)
+        box = np.s_[outer.top : outer.bottom, outer.left : outer.right]
+        inner = [mark for mark in marks if outer.surrounds(mark) and mark.height >= _INSIDE * outer.height]
+        if not any(_is_enclosed(mark, outer, pixels[box]) for mark in inner):
+            lines = [line for direction in lines_of(pixels[box]) for line in direction if line.along_a_side]
+            if len(lines) < (2 if inner else 4):
+                continue
+            pixels[box] = np.logical_or.reduce([line.pixels for line in lines])
+            rest = marks_of(mask & ~pixels)
+            if not rest or rest[0].height < _INSIDE * outer.height:
+                continue
+        return pixels, "the box or ring round the digit"
+    return None
+
+
+def _is_enclosed(mark: Mark, outer: Mark, crop: np.ndarray) -> bool:
+    """Whether no way leads from `mark` out of `outer`, whose bounding box `crop` shows."""
+    free = np.pad(~crop, 1, constant_values=True)
+    outside = next(region for region in marks_of(free, diagonally=False) if region.top == region.left == 0)
+    return not outside.on(free.shape)[mark.rows[0] - outer.top + 1, mark.columns[0] - outer.left + 1]
+
+
+def _could_be_digit(mask: np.ndarray) -> bool:
+    return any(max(mark.height, mark.width) >= max(_LEAST_SIDE * max(mask.shape), 5) for mark in marks_of(mask)[:1])
+
+
+def _digit(mask: np.ndarray, notes: list[str]) -> np.ndarray:
+    """The ink of the largest mark and of the pieces that belong to it; notes what is left out."""
+    marks = marks_of(mask)
+    free = [mark for mark in marks if not mark.touches_border(mask.shape)]
+    main = free[0] if free and free[0].height >= _INSIDE * marks[0].height else marks[0]
+    kept, rivals, others = [main], 0, 0
+    for mark in marks:
+        if mark is main:
+            continue
+        is_near = mark.gap(main) <= _NEAR * max(main.height, main.width)
+        beside = mark.right <= main.left or main.right <= mark.left
+        is_tall = mark.height >= _RIVAL * main.height
+        hangs_on_border = mark.touches_border(mask.shape) and not main.touches_border(mask.shape)
+        if len(mark.rows) >= _SPECK * len(main.rows) and is_near and not (is_tall and beside) and not hangs_on_border:
+            kept.append(mark)
+        elif is_tall and not hangs_on_border:
+            rivals += 1
+        else:
+            others += 1
+    if rivals:
+        notes.append(f"{_counted(rivals, 'mark')} as large as a digit beside it")
+    if others:
+        notes.append(_counted(others, "speck or mark", "specks or marks"))
+    return np.logical_or.reduce([mark.on(mask.shape) for mark in kept])
+
+
+def _counted(count: int, one: str, several: str | None = None) -> str:
+    return f"{count} {one if count == 1 else several or one + 's'}"
