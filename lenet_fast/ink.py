@@ -73,9 +73,9 @@ def _contrast(rgb: np.ndarray) -> np.ndarray:
     # Closing: the paper's colour spreads over everything that is darker and narrower than the window.
     around = _spread(_spread(rgb, window, np.maximum), window, np.minimum)
     contrast = (around - rgb).max(-1).astype(np.float32)
-    usual = np.median(contrast)
-    noise = np.median(np.abs(contrast - usual))
-    return (contrast - usual - 6 * noise).clip(0)
+    # At least a quarter of a picture is paper, whose noise shows in how far its own contrast varies.
+    least, usual = np.quantile(contrast, (0.05, 0.25))
+    return (contrast - usual - 5 * (usual - least)).clip(0)
 
 
 def _spread(image: np.ndarray, window: int, largest: np.ufunc) -> np.ndarray:
@@ -112,33 +112,40 @@ def _mask(contrast: np.ndarray) -> np.ndarray | None:
 def _frame(contrast: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, str] | None:
     """Lines along the border: a frame, a part of one, a scanner's edge."""
     lines = [line for direction in lines_of(mask) for line in direction if line.at_border]
-    return _foreign(contrast, mask, lines, "the frame or edge along the border")
+    pixels = _foreign(contrast, mask, lines)
+    return None if pixels is None else (pixels, "the frame or edge along the border")
 
 
 def _ruling(contrast: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, str] | None:
     """Lines from border to border: ruled or squared paper. A single stroke may run so, too; parallel ones do not."""
     for direction in lines_of(mask):
         lines = [line for line in direction if not line.at_border]
-        count = "a line" if len(lines) == 1 else f"{len(lines)} lines"
-        if found := _foreign(contrast, mask, lines, f"{count} across the picture"):
-            return found
+        if (pixels := _foreign(contrast, mask, lines)) is not None:
+            return pixels, f"{_counted(len(lines), 'line')} across the picture"
     return None
 
 
-def _foreign(contrast: np.ndarray, mask: np.ndarray, lines: list[Line], note: str) -> tuple[np.ndarray, str] | None:
-    """The lines' pixels, where they are no strokes of the digit: several, or one unlike the rest of the ink."""
+def _foreign(contrast: np.ndarray, mask: np.ndarray, lines: list[Line]) -> np.ndarray | None:
+    """The pixels of these lines, where they are no strokes of the digit; what is left of it decides.
+
+    A stroke does not go on at both ends where the rest of the digit stops. A line that does, but is alone, as thick
+    and as dark as the rest, may be a 1 beside something small.
+    """
     if not lines:
         return None
     pixels = np.logical_or.reduce([line.pixels for line in lines])
-    rest = mask & ~pixels
+    rest = mask & ~np.logical_or.reduce([line.pixels for direction in lines_of(mask) for line in direction])
     if not rest.any():
+        return None
+    digit = marks_of(rest)[0]
+    if len(lines) < 3 and not all(line.sticks_out(digit, mask.shape) for line in lines):
         return None
     if len(lines) == 1:
         like_a_stroke = _THIN < lines[0].thickness / stroke_width(rest) < 1 / _THIN
         as_dark = np.median(contrast[pixels]) > _THIN * np.median(contrast[rest])
         if like_a_stroke and as_dark:
             return None
-    return pixels, note
+    return pixels
 
 
 def _box(contrast: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, str] | None:

@@ -6,6 +6,7 @@ import numpy as np
 
 _LINE_COLUMNS = 200  # a picture is searched for straight lines in so many columns
 _LINE_COVERS = 0.85  # of the side along which it runs
+_THICK_LINE = 0.08  # of its length: what is thicker is no line
 _LINE_SLOPE = 0.12  # its rise over its length, at most: 7 degrees
 
 
@@ -22,10 +23,17 @@ class Line:
     pixels: np.ndarray  # bool, as the picture
     thickness: float
     place: float
+    runs_down: bool = False
 
     @property
     def at_border(self) -> bool:
         return not 0.03 < self.place < 0.97
+
+    def sticks_out(self, mark: "Mark", shape: tuple[int, int]) -> bool:
+        """Whether it goes on beyond both ends of `mark`, by a twentieth of the picture or more."""
+        side = shape[0 if self.runs_down else 1]
+        first, past = (mark.top, mark.bottom) if self.runs_down else (mark.left, mark.right)
+        return first >= side / 20 and side - past >= side / 20
 
     @property
     def along_a_side(self) -> bool:
@@ -34,7 +42,7 @@ class Line:
 
 def lines_of(mask: np.ndarray) -> tuple[list[Line], list[Line]]:
     """The lines of a picture that run from left to right, and those that run from top to bottom."""
-    down = [Line(line.pixels.T, line.thickness, line.place) for line in _lines_to_the_right(mask.T)]
+    down = [Line(line.pixels.T, line.thickness, line.place, runs_down=True) for line in _lines_to_the_right(mask.T)]
     return _lines_to_the_right(mask), down
 
 
@@ -43,7 +51,8 @@ def _lines_to_the_right(mask: np.ndarray) -> list[Line]:
     step = -(-width // _LINE_COLUMNS)
     coarse = np.pad(mask, ((step, step + -height % step), (0, -width % step)))
     coarse = coarse.reshape(coarse.shape[0] // step, step, -1, step).any((1, 3))
-    coarse[1:-1] |= coarse[:-2] | coarse[2:]  # a line drawn by hand wavers
+    if len(coarse) > _LINE_COLUMNS // 2:  # a line drawn by hand wavers by up to one row of so many
+        coarse[1:-1] |= coarse[:-2] | coarse[2:]
     rows, columns = coarse.shape
     y, x = np.nonzero(coarse)
     position = x / max(1, columns - 1) - 0.5
@@ -71,6 +80,8 @@ def _lines_to_the_right(mask: np.ndarray) -> list[Line]:
         if not (thinnest <= height).any():
             continue
         thickness = float(np.median(thinnest[thinnest <= height]))
+        if thickness > _THICK_LINE * width:
+            continue
         place = float((first + last).mean() / 2 / height)
         # A stroke that crosses the line is a longer run of ink in its column, and stays.
         wide = mask & (row >= first - thickness) & (row < last + thickness)
