@@ -16,8 +16,10 @@ _WIDEST_STROKE = 0.5  # of the longer side: what is wider is paper, a shadow or 
 _THIN = 0.6  # of the digit's strokes: a single line that is so thin, or so faint, is none of them
 
 _SPECK = 0.03  # of the digit's ink
+_DUST = 0.003  # of the digit's ink: noise, of which nothing is said
 _NEAR = 0.12  # of the digit's longer side: a piece that is no farther away is part of it
 _INSIDE = 0.3  # of the height of what surrounds it: what is so tall in a box or ring is the digit
+_FAINTEST = 0.12  # of what was left out: what stands out less beside it is its halo, in a JPEG
 _LEAST_SIDE = 0.05  # of the picture's: less is no digit, if there is something else
 _RIVAL = 0.5  # of the digit's height: another mark that is so tall may be a digit itself
 
@@ -45,8 +47,8 @@ def find_digit(rgb: np.ndarray) -> Digit | None:
     notes: list[str] = []
     while found := next(filter(None, (find(contrast, mask) for find in (_frame, _ruling, _box))), None):
         pixels, note = found
-        rest = np.where(_grown(pixels, 2) & ~(mask & ~pixels), 0, contrast)  # with its blurred rim
-        if (smaller := _mask(rest)) is None or not _could_be_digit(smaller):
+        rest, smaller = _without(contrast, mask, pixels)
+        if smaller is None:
             break
         contrast, mask = rest, smaller
         notes.append(note)
@@ -63,41 +65,55 @@ def find_digit(rgb: np.ndarray) -> Digit | None:
 
 def _contrast(rgb: np.ndarray) -> np.ndarray:
     """By how many grey levels each pixel stands out from the paper around it, beyond noise: float32 (H, W)."""
-    height, width = rgb.shape[:2]
-    paper = np.median(rgb.reshape(-1, 3), axis=0).astype(np.int16)
-    margins = height // 20, width // 20  # a frame or a scanner's edge does not tell the colour of the ink
-    inner = rgb[margins[0] : height - margins[0], margins[1] : width - margins[1]].astype(np.int16)
-    if (inner - paper).max() > (paper - inner).max():
+    if _is_light_on_dark(rgb):
         rgb = 255 - rgb
-    window = max(3, int(_WIDEST_STROKE * max(height, width)))
-    # Closing: the paper's colour spreads over everything that is darker and narrower than the window.
-    around = _spread(_spread(rgb, window, np.maximum), window, np.minimum)
-    contrast = (around - rgb).max(-1).astype(np.float32)
-    # At least a quarter of a picture is paper, whose noise shows in how far its own contrast varies.
-    least, usual = np.quantile(contrast, (0.05, 0.25))
-    return (contrast - usual - 5 * (usual - least)).clip(0)
+    reach = max(1, int(_WIDEST_STROKE / 2 * max(rgb.shape)))
+    contrast = (_closing(rgb, reach) - rgb).max(-1).astype(np.float32)
+    # At least a quarter of a picture is paper; its noise shows in how neighbouring pixels differ.
+    steps = np.abs(np.diff(contrast, axis=1, prepend=contrast[:, :1]))
+    noise = np.quantile(steps, 0.25) / 0.45  # of a normal distribution, the standard deviation
+    return (contrast - np.quantile(contrast, 0.25) - 5 * noise).clip(0).astype(np.float32)
 
 
-def _spread(image: np.ndarray, window: int, largest: np.ufunc) -> np.ndarray:
-    """The largest (or smallest) value in the square of `window` pixels around each pixel of (H, W, C)."""
+def _is_light_on_dark(rgb: np.ndarray) -> bool:
+    """Whether what is narrow is lighter than what is around it, rather than darker."""
+    step = -(-max(rgb.shape) // 200)
+    height, width = (max(1, side // step) for side in rgb.shape[:2])
+    small = rgb[: height * step, : width * step].reshape(height, step, width, step, 3).mean((1, 3)).astype(np.uint8)
+    clear = (int(small.max()) - int(small.min())) // 3  # beyond noise
+    balance = 0.0
+    for share in (200, 64, 32, 16, 8):
+        reach = max(1, max(small.shape) // share)
+        for sign, image in ((-1, small), (1, 255 - small)):
+            stands_out = (_closing(image, reach) - image).max(-1)
+            # Above all the narrowest counts: lines and specks, not the paper between them.
+            balance += sign * float(stands_out[stands_out > clear].sum(dtype=np.int64)) / reach**3
+    return balance > 0
+
+
+def _closing(image: np.ndarray, reach: int) -> np.ndarray:
+    """The picture with the lighter surroundings spread over all that is narrower than 2 reach + 1 pixels."""
+    return _spread(_spread(image, reach, np.maximum), reach, np.minimum)
+
+
+def _spread(image: np.ndarray, reach: int, largest: np.ufunc) -> np.ndarray:
+    """The largest (or smallest) value of (H, W, C) within `reach` pixels to each side of every pixel."""
+    window = 2 * reach + 1
+    fill = 0 if largest is np.maximum else 255
     for axis in (0, 1):
-        before, after = (window - 1) // 2, window // 2
-        fill = 0 if largest is np.maximum else 255
-        padding = [(before, after) if axis == a else (0, 0) for a in range(image.ndim)]
-        image = np.pad(image, padding, constant_values=fill).swapaxes(0, axis)
-        reach = 1  # of every value so far; doubled, until the rest of the window fits
-        while 2 * reach <= window:
-            image = largest(image[:-reach], image[reach:])
-            reach *= 2
-        if rest := window - reach:
+        image = np.pad(image.swapaxes(0, axis), ((reach, reach), (0, 0), (0, 0)), constant_values=fill)
+        covered = 1  # pixels by every value so far; doubled, until the rest of the window is less
+        while 2 * covered <= window:
+            image = largest(image[:-covered], image[covered:])
+            covered *= 2
+        if rest := window - covered:
             image = largest(image[:-rest], image[rest:])
         image = image.swapaxes(0, axis)
     return image
 
 
 def _grown(mask: np.ndarray, by: int) -> np.ndarray:
-    window = 2 * by + 1
-    return _spread(mask[..., None].astype(np.uint8), window, np.maximum)[..., 0].astype(bool)
+    return _spread(mask[..., None].astype(np.uint8), by, np.maximum)[..., 0].astype(bool)
 
 
 def _mask(contrast: np.ndarray) -> np.ndarray | None:
@@ -134,18 +150,30 @@ def _foreign(contrast: np.ndarray, mask: np.ndarray, lines: list[Line]) -> np.nd
     if not lines:
         return None
     pixels = np.logical_or.reduce([line.pixels for line in lines])
-    rest = mask & ~np.logical_or.reduce([line.pixels for direction in lines_of(mask) for line in direction])
-    if not rest.any():
+    every = np.logical_or.reduce([line.pixels for direction in lines_of(mask) for line in direction])
+    _, rest = _without(contrast, mask, every)
+    if rest is None:
         return None
     digit = marks_of(rest)[0]
     if len(lines) < 3 and not all(line.sticks_out(digit, mask.shape) for line in lines):
         return None
-    if len(lines) == 1:
+    if len(lines) == 1 and digit.height < _INSIDE * max(mask.shape):
         like_a_stroke = _THIN < lines[0].thickness / stroke_width(rest) < 1 / _THIN
         as_dark = np.median(contrast[pixels]) > _THIN * np.median(contrast[rest])
         if like_a_stroke and as_dark:
             return None
     return pixels
+
+
+def _without(contrast: np.ndarray, mask: np.ndarray, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Contrast and mask without these pixels and their blurred rim; no mask where nothing like a digit is left."""
+    rest = np.where(_grown(pixels, 2) & ~(mask & ~pixels), 0, contrast)
+    smaller = _mask(rest) if rest.max() > _FAINTEST * contrast.max() else None
+    if smaller is not None:
+        largest = marks_of(smaller)[0]
+        if max(largest.height, largest.width) < max(_LEAST_SIDE * max(mask.shape), 5):
+            smaller = None
+    return rest, smaller
 
 
 def _box(contrast: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, str] | None:
@@ -174,10 +202,6 @@ def _is_enclosed(mark: Mark, outer: Mark, crop: np.ndarray) -> bool:
     return not outside.on(free.shape)[mark.rows[0] - outer.top + 1, mark.columns[0] - outer.left + 1]
 
 
-def _could_be_digit(mask: np.ndarray) -> bool:
-    return any(max(mark.height, mark.width) >= max(_LEAST_SIDE * max(mask.shape), 5) for mark in marks_of(mask)[:1])
-
-
 def _digit(mask: np.ndarray, notes: list[str]) -> np.ndarray:
     """The ink of the largest mark and of the pieces that belong to it; notes what is left out."""
     marks = marks_of(mask)
@@ -185,7 +209,7 @@ def _digit(mask: np.ndarray, notes: list[str]) -> np.ndarray:
     main = free[0] if free and free[0].height >= _INSIDE * marks[0].height else marks[0]
     kept, rivals, others = [main], 0, 0
     for mark in marks:
-        if mark is main:
+        if mark is main or len(mark.rows) < _DUST * len(main.rows):
             continue
         is_near = mark.gap(main) <= _NEAR * max(main.height, main.width)
         beside = mark.right <= main.left or main.right <= mark.left

@@ -1,12 +1,13 @@
 """Straight lines and connected pieces of a mask: bool (H, W), True where there is ink."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 _LINE_COLUMNS = 200  # a picture is searched for straight lines in so many columns
 _LINE_COVERS = 0.85  # of the side along which it runs
 _THICK_LINE = 0.08  # of its length: what is thicker is no line
+_THICK_EDGE = 0.15  # the same along the border of the picture
 _LINE_SLOPE = 0.12  # its rise over its length, at most: 7 degrees
 
 
@@ -23,11 +24,8 @@ class Line:
     pixels: np.ndarray  # bool, as the picture
     thickness: float
     place: float
+    at_border: bool  # begins at the border beside which it runs
     runs_down: bool = False
-
-    @property
-    def at_border(self) -> bool:
-        return not 0.03 < self.place < 0.97
 
     def sticks_out(self, mark: "Mark", shape: tuple[int, int]) -> bool:
         """Whether it goes on beyond both ends of `mark`, by a twentieth of the picture or more."""
@@ -42,7 +40,7 @@ class Line:
 
 def lines_of(mask: np.ndarray) -> tuple[list[Line], list[Line]]:
     """The lines of a picture that run from left to right, and those that run from top to bottom."""
-    down = [Line(line.pixels.T, line.thickness, line.place, runs_down=True) for line in _lines_to_the_right(mask.T)]
+    down = [replace(line, pixels=line.pixels.T, runs_down=True) for line in _lines_to_the_right(mask.T)]
     return _lines_to_the_right(mask), down
 
 
@@ -80,15 +78,16 @@ def _lines_to_the_right(mask: np.ndarray) -> list[Line]:
         if not (thinnest <= height).any():
             continue
         thickness = float(np.median(thinnest[thinnest <= height]))
-        if thickness > _THICK_LINE * width:
-            continue
         place = float((first + last).mean() / 2 / height)
         # A stroke that crosses the line is a longer run of ink in its column, and stays.
         wide = mask & (row >= first - thickness) & (row < last + thickness)
         pixels = wide & (lengths <= 1.5 * thickness + 1)
-        if min(first.min() / height, 1 - last.max() / height) < 0.02:  # beyond the border nothing crosses
+        at_border = min(first.min() / height, 1 - last.max() / height) < 0.02
+        if at_border:  # beyond it nothing crosses
             pixels |= band
-        lines.append(Line(pixels, thickness, place))
+        line = Line(pixels, thickness, place, at_border)
+        if thickness < (_THICK_EDGE if line.at_border else _THICK_LINE) * width:
+            lines.append(line)
     return lines
 
 
@@ -108,6 +107,7 @@ def _runs(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def stroke_width(mask: np.ndarray) -> float:
+    """How thick the ink is, in pixels: the median over its pixels of the shorter run, along the row or the column."""
     return float(np.median(np.minimum(_run_lengths(mask), _run_lengths(mask.T).T)[mask]))
 
 
