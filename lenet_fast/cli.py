@@ -1,5 +1,6 @@
 """The command line: `lenet-fast train`, `eval`, `predict`, `figures` and `env`, also as `python -m lenet_fast`."""
 
+import os
 import shlex
 import sys
 import time
@@ -21,6 +22,7 @@ from .memory import out_of_memory
 from .models import MODELS, InputSpec, classify, criterion, measures_distance
 from .run_folder import CHECKPOINT
 from .saved_run import SavedRun
+from .terminal import printable
 from .train import Run, TrainConfig, TrainingError, build_model
 from .train_config import DTYPES, ENGINES, OPTIMIZERS, SCHEDULES
 from .train_display import Display, print_result, print_summary, print_time
@@ -36,7 +38,7 @@ app = typer.Typer(
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0, or 1 (expected error, one line), 2 (wrong usage), 130 (Ctrl-C)."""
     with warnings.catch_warnings(), Interrupts() as interrupts:
-        warnings.showwarning = lambda message, *_: print(f"lenet-fast: note: {message}", file=sys.stderr)
+        warnings.showwarning = lambda message, *_: print(f"lenet-fast: note: {printable(message)}", file=sys.stderr)
         try:
             app(arguments, prog_name="lenet-fast", obj=interrupts)
         except (Interrupted, KeyboardInterrupt):
@@ -57,7 +59,7 @@ def _expected(error: Exception) -> str | None:
 
 
 def _exit(message: str, code: int) -> NoReturn:
-    print(f"lenet-fast: {message}", file=sys.stderr)
+    print(f"lenet-fast: {printable(message)}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -165,7 +167,7 @@ def evaluate(
     outputs = inference.outputs(model, input_spec, whole.test.images)
     loss = criterion(model)(outputs, labels).item()
     wrong = classify(model, outputs) != labels
-    print(f"data    {whole.name}, {len(labels):,} test images: {whole.source}")
+    print(f"data    {whole.name}, {len(labels):,} test images: {printable(whole.source)}")
     errors = wrong.sum().item()
     rate = 100 * errors / len(labels)
     print(f"test    loss {loss:.4f}, accuracy {100 - rate:.2f} %, error rate {rate:.2f} %, {errors:,} errors")
@@ -188,7 +190,7 @@ def predict(
     names = data.CLASSES[config.dataset]
     if names != data.CLASSES["mnist"]:
         warnings.warn(f"the network was trained on {config.dataset}; the pictures are read as digits", stacklevel=1)
-    if save.resolve() in (picture.resolve() for picture in pictures):
+    if os.path.realpath(save) in map(os.path.realpath, pictures):
         raise ValueError(f"--save: {save} is one of the pictures to read; name another")
     digits, captions = [], []
     try:
@@ -197,16 +199,17 @@ def predict(
             try:
                 digit = images.read_digit(picture)
             except (images.ImageError, OSError) as error:
-                print(f"lenet-fast: error: {error}", file=sys.stderr)
+                print(f"lenet-fast: error: {printable(error)}", file=sys.stderr)
                 continue
             outputs = inference.outputs(model, input_spec, digit.pixels[None])
             caption, details = _answer(model, outputs, names)
-            print(f"{picture}: {caption}; {details}")
+            left_out = f"; left out: {', '.join(digit.left_out)}" if digit.left_out else ""
+            print(f"{printable(picture)}: {caption}; {details}{left_out}")
             digits.append(digit)
             captions.append(caption)
         if digits:
             images.save_png(images.seen_picture(digits, input_spec, captions), save)
-            print(f"what the network saw: {save}")
+            print(f"what the network saw: {printable(save)}")
     except ImportError as error:
         _exit(f"error: {error}", code=1)
     if len(digits) < len(pictures):
@@ -248,7 +251,7 @@ def draw_figures(
     folder = out or (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "figures"
     try:
         for path in figures.draw_all(study, folder, indices):
-            print(path)
+            print(printable(path))
     except ImportError as error:
         _exit(f"error: {error}", code=1)
 

@@ -23,6 +23,8 @@ from typing import IO
 import numpy as np
 import torch
 
+from .terminal import printable
+
 __all__ = ["DATASETS", "DataError", "Dataset", "Split", "load", "read_idx"]
 
 DATASETS: tuple[str, ...] = ("mnist-10k", "mnist", "fashion-mnist")
@@ -93,6 +95,9 @@ MAX_DOWNLOAD_BYTES = 1 << 26  # the largest published file has 26 MB
 TIMEOUT_SECONDS = 20.0  # without a single byte from a mirror
 _DEFLATE_MAX_RATIO = 1032  # no deflate stream expands further (zlib's technical notes)
 
+# torchvision.datasets keep the files of each data set in this folder below the one that they are given.
+_TORCHVISION = {"mnist": Path("MNIST", "raw"), "fashion-mnist": Path("FashionMNIST", "raw")}
+
 _WANTED = f"{', '.join(FILES)} (each with or without .gz)"
 _BY_HAND = f"To supply the files by hand, put {_WANTED} into a folder and name it: --data-dir, or $LENET_FAST_DATA"
 
@@ -126,15 +131,18 @@ def load(name: str = "mnist-10k", data_dir: str | Path | None = None, download: 
     "mnist-10k", 10,000 MNIST training digits and all 10,000 test digits, is embedded in the package. "mnist"
     and "fashion-mnist" are looked for in `data_dir` (if that is given, nowhere else), the folder named by
     $LENET_FAST_DATA, the cache (~/.cache/lenet_fast/<name>) and the folder of Debian's dataset-fashion-mnist,
-    and are else downloaded into the cache. `data_dir` and $LENET_FAST_DATA hold the four IDX files, each with
-    or without .gz, or a subfolder of the data set's name that does.
+    and are else downloaded into the cache. `data_dir` and $LENET_FAST_DATA hold the four IDX files, or a subfolder
+    that does: one of the data set's name, torchvision's MNIST/raw or FashionMNIST/raw, or raw. Each file may be
+    compressed (.gz), may be spelled as in train-images.idx3-ubyte, and may lie in a folder of its own name, as
+    Kaggle's archive unpacks.
 
     Own data in the same format is welcome there: a UserWarning and `source` then name the files that are not
     the published ones. In the cache and in Debian's folder the contents must have the published MD5.
 
     Raises:
         DataError (a ValueError): a file is missing, truncated, damaged, of the wrong kind or of another
-            published data set, or cannot be downloaded. Names the file, what was expected and what was found.
+            published data set, or cannot be downloaded; or a folder holds several sets of files, or a file twice
+            with different contents. Names the file, what was expected and what was found.
         ValueError: unknown `name`, or `data_dir` given for the embedded data.
     """
     if name not in DATASETS:
@@ -146,7 +154,8 @@ def load(name: str = "mnist-10k", data_dir: str | Path | None = None, download: 
     if data_dir is not None:
         files = _find_user_files("data_dir", data_dir, name)
         if not files:
-            raise DataError(f"data_dir: expected {_WANTED} in {data_dir} or its subfolder {name}, found none")
+            places = f"{data_dir} or its subfolder {name} or {_TORCHVISION[name]}"
+            raise DataError(f"data_dir: expected {_WANTED} in {places}, found none")
         return _read_dataset(name, files, own_data=True)
     user_folder = os.environ.get("LENET_FAST_DATA")
     if user_folder and (files := _find_user_files("$LENET_FAST_DATA", user_folder, name)):
@@ -157,7 +166,7 @@ def load(name: str = "mnist-10k", data_dir: str | Path | None = None, download: 
         folders.append(DEBIAN_FOLDER)
     for folder in folders:
         try:
-            files = _find(folder, name)
+            files = _find(folder)
         except PermissionError:  # another user's home folder; `_download` says that it cannot write there
             continue
         if len(files) == len(FILES):
@@ -168,7 +177,7 @@ def load(name: str = "mnist-10k", data_dir: str | Path | None = None, download: 
     if cache is None:
         raise DataError(f"{name}: there is no home folder to download into, set HOME or XDG_CACHE_HOME. {_BY_HAND}")
     _download(name, cache)
-    return _read_dataset(name, _find(cache, name), own_data=False)
+    return _read_dataset(name, _find(cache), own_data=False)
 
 
 def expand(origin: str, path: str | Path) -> Path:
@@ -256,6 +265,7 @@ def _read_dataset(name: str, files: dict[str, Path], *, own_data: bool) -> Datas
     for file, path in files.items():
         arrays[file], md5[file] = _read_idx(path)
     train, test = _split("train", arrays, files), _split("t10k", arrays, files)
+    base = _common_folder(files)
     unpublished = []
     for file, path in files.items():
         for other in MD5_CONTENTS.keys() - {name}:
@@ -270,8 +280,11 @@ def _read_dataset(name: str, files: dict[str, Path], *, own_data: bool) -> Datas
                     f"{path}: expected the published contents, MD5 {expected}; found MD5 {md5[file]}. "
                     "Remove or replace the file"
                 )
+            for other in _spellings(base, file)[1:]:  # of published contents it is known which of the two is meant
+                if _read_idx(other)[1] != md5[file]:
+                    raise DataError(f"{path}: expected {file} once in {base}, found {other} with other contents")
             unpublished.append(path.name)
-    source = str(files[FILES[0]].parent)
+    source = str(base)
     if unpublished:
         source += f" (own data, not the published {name}: {', '.join(unpublished)})"
         warnings.warn(f"{name} read from {source}", stacklevel=3)
@@ -300,31 +313,42 @@ def _split(split: str, arrays: dict[str, np.ndarray], files: dict[str, Path]) ->
 # ---- Finding
 
 
-def _find(folder: Path, name: str) -> dict[str, Path]:
-    """Those of the four files that lie in the subfolder `name` or, if none does, in the folder itself."""
-    for base in (folder / name, folder):
-        found = {}
-        for file in FILES:
-            spellings = (file, file.replace("-idx", ".idx"))
-            candidates = (base / f"{spelling}{suffix}" for spelling in spellings for suffix in ("", ".gz"))
-            if path := next((path for path in candidates if path.is_file()), None):
-                found[file] = path
-        if found:
-            return found
-    return {}
+def _spellings(folder: Path, file: str) -> list[Path]:
+    """Every place in `folder` where one of the four files lies, the most direct one first."""
+    names = [f"{base}{suffix}" for base in (file, file.replace("-idx", ".idx")) for suffix in ("", ".gz")]
+    places = [folder / name for name in names] + [folder / outer / name for outer in names for name in names]
+    return [place for place in places if place.is_file()]
+
+
+def _find(folder: Path) -> dict[str, Path]:
+    """Those of the four files that lie in `folder` itself or each in a folder of its own name."""
+    return {file: places[0] for file in FILES if (places := _spellings(folder, file))}
+
+
+def _common_folder(files: dict[str, Path]) -> Path:
+    """The folder in which `_find` found the files."""
+    return Path(os.path.commonpath([path.parent for path in files.values()]))
 
 
 def _find_user_files(origin: str, folder: str | Path, name: str) -> dict[str, Path]:
-    """All four files, or none where the folder has no trace of them."""
+    """All four files, or none where the folder has no trace of them.
+
+    A subfolder that bears the data set's name counts before the folder itself, whose files may be another data set.
+    """
     path = expand(origin, folder)
     if not path.is_dir():
         there = "a file" if path.exists() else "nothing"
         raise DataError(f"{origin}: expected a folder, found {there} at {path}")
-    found = _find(path, name)
-    if found and (missing := [file for file in FILES if file not in found]):
-        base = next(iter(found.values())).parent
-        raise DataError(f"{origin}: expected {_WANTED} in {base}, found no {', '.join(missing)}")
-    return found
+    for places in ((path / name, path / _TORCHVISION[name]), (path, path / "raw")):
+        sets = {os.path.realpath(place): (place, files) for place in places if (files := _find(place))}
+        if len(sets) > 1:
+            found = " and ".join(f"{len(files)} in {place}" for place, files in sets.values())
+            raise DataError(f"{origin}: expected the files of {name} in one folder, found {found}; name one of them")
+        for place, files in sets.values():
+            if missing := [file for file in FILES if file not in files]:
+                raise DataError(f"{origin}: expected {_WANTED} in {place}, found no {', '.join(missing)}")
+            return files
+    return {}
 
 
 def _cache_folder(name: str) -> Path | None:
@@ -362,7 +386,7 @@ def _download(name: str, cache: Path) -> None:
     except OSError as error:
         reason = f"cannot write to the folder to download into, {cache}: {error.strerror}"
         raise DataError(f"{name}: {reason}; set XDG_CACHE_HOME. {_BY_HAND}") from error
-    present = _find(cache, name)
+    present = _find(cache)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         for file in FILES:
@@ -377,12 +401,10 @@ def _download(name: str, cache: Path) -> None:
                     break
                 except (OSError, http.client.HTTPException, ValueError) as error:
                     # A server may put anything into a message: keep it off the terminal.
-                    reason = "".join(c if c.isprintable() else "?" for c in str(error))
-                    failures.append(f"{url}: {reason or type(error).__name__}")
+                    failures.append(f"{url}: {printable(error) or type(error).__name__}")
                     progress.console.print(failures[-1], markup=False, highlight=False, soft_wrap=True)
             else:
-                tried = "".join(f"\n  {failure}" for failure in failures)
-                raise DataError(f"{name}: could not download {file}.gz, tried:{tried}\n{_BY_HAND}")
+                raise DataError(f"{name}: could not download {file}.gz, tried {'; '.join(failures)}. {_BY_HAND}")
 
 
 def _fetch(url: str, target: Path, md5: str, report: Callable[..., None]) -> None:

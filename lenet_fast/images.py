@@ -4,6 +4,7 @@ Reading needs Pillow, which is imported only then.
 """
 
 import io
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 
 from .checkpoint import write_atomically
+from .ink import find_digit
 from .models import InputSpec
+from .terminal import printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -24,9 +27,7 @@ MISSING = "Pillow is not installed; `pip install lenet-fast[plot]` brings it"
 SOFTWARE = "lenet-fast"  # the PNG text "Software" of our own pictures: they may be replaced, others not
 
 MAX_PIXELS = 50_000_000  # 200 MB while it is read
-_LONGEST_SIDE = 2000  # a larger picture is averaged down first
-_LEAST_CONTRAST = 25  # of 255, between ink and background
-_IN_THE_BOX = 0.2  # of the strongest ink: specks and blur do not widen the bounding box
+_LONGEST_SIDE = 1000  # a larger picture is averaged down first
 
 _FIELD, _BOX, _CENTRE = 28, 20, 14  # MNIST: the digit in 20x20, its centre of mass on pixel (14, 14) of 28x28
 
@@ -44,6 +45,7 @@ class DrawnDigit:
     name: str
     pixels: Tensor
     thumbnail: "Image.Image"
+    left_out: tuple[str, ...] = ()
 
 
 # ---- Reading a picture
@@ -63,12 +65,12 @@ def read_digit(path: str | Path) -> DrawnDigit:
     """
     path = Path(path)
     picture = _open(path)
-    ink = _ink(np.asarray(picture, np.int16))
-    if ink is None:
+    digit = find_digit(np.asarray(picture))
+    if digit is None:
         raise ImageError(f"{path}: no digit to be seen, nothing stands out from the background")
     thumbnail = picture.copy()
     thumbnail.thumbnail((_TILE, _TILE))
-    return DrawnDigit(path.name, torch.from_numpy(_normalise(ink)), thumbnail)
+    return DrawnDigit(path.name, torch.from_numpy(_normalise(digit.ink)), thumbnail, digit.notes)
 
 
 def _pillow() -> None:
@@ -91,8 +93,10 @@ def _open(path: Path) -> "Image.Image":
             image = Image.open(file, formats=("PNG", "JPEG"))
             if (pixels := image.width * image.height) > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height}, {pixels:,} pixels")
+            has_16_bits = any("16" in str(tile.args) for tile in image.tile)
             image.load()
-            upright = ImageOps.exif_transpose(image)
+            upright = ImageOps.exif_transpose(_in_8_bits(image) if has_16_bits else image)
+            rgba = upright.convert("RGBA")
         except UnidentifiedImageError:
             raise ImageError(f"{path}: expected a PNG or JPEG picture, found something else") from None
         except Image.DecompressionBombError as error:
@@ -100,12 +104,42 @@ def _open(path: Path) -> "Image.Image":
         except Exception as error:  # a damaged picture fails in many ways: zlib, struct, EOF, SyntaxError
             reason = str(error).strip().partition("\n")[0]
             raise ImageError(f"{path}: the picture is damaged ({reason or type(error).__name__})") from error
-    if upright.mode.startswith("I"):  # 16 bits, which Pillow would clip
-        upright = Image.fromarray((np.asarray(upright, np.int64) // 257).astype(np.uint8))
-    rgba = upright.convert("RGBA")
     if (factor := -(-max(rgba.size) // _LONGEST_SIDE)) > 1:
         rgba = rgba.reduce(factor)
     return _without_transparency(rgba)
+
+
+def _in_8_bits(image: "Image.Image") -> "Image.Image":
+    """A picture of a file with 16 bits a channel, its values brought to 0 to 255.
+
+    Scanners and cameras write values of 10, 12 or 14 bits into such files: the largest value tells how many. Of colours
+    and of grey with transparency Pillow keeps the upper 8 of 16 bits, which are few for such values, but enough.
+    """
+    from PIL import Image
+
+    values, transparent = np.asarray(image, np.int64), image.info.pop("transparency", None)
+    if values.ndim == 2:
+        scaled = _to_255(values, least_bits=8)
+        alpha = 255 * (values != transparent)
+    else:
+        scaled = _to_255(values[..., :3], least_bits=1)
+        if values.shape[2] == 4:
+            alpha = _to_255(values[..., 3], least_bits=1)
+        else:
+            alpha = (
+                255 * (values != np.right_shift(transparent, 8)).any(-1)
+                if transparent
+                else np.full_like(values[..., 0], 255)
+            )
+    rgb = scaled if scaled.ndim == 3 else np.repeat(scaled[..., None], 3, 2)
+    made = Image.fromarray(np.dstack((rgb, alpha)).astype(np.uint8))
+    made.info.update(image.info)  # how it was turned
+    return made
+
+
+def _to_255(values: np.ndarray, least_bits: int) -> np.ndarray:
+    bits = max(least_bits, int(values.max()).bit_length())
+    return values * 255 // (2**bits - 1)
 
 
 def _without_transparency(rgba: "Image.Image") -> "Image.Image":
@@ -117,25 +151,6 @@ def _without_transparency(rgba: "Image.Image") -> "Image.Image":
     is_light = (visible * grey).sum() > 127.5 * visible.sum()
     paper = Image.new("RGBA", rgba.size, "black" if is_light else "white")
     return Image.alpha_composite(paper, rgba).convert("RGB")
-
-
-def _ink(rgb: np.ndarray) -> np.ndarray | None:
-    """How much ink each pixel has, float32 (H, W) from 0 to 1, cut to the bounding box; None where there is none."""
-    height, width = rgb.shape[:2]
-    margin = 1 + min(height, width) // 50
-    border = np.ones((height, width), bool)
-    border[margin:-margin, margin:-margin] = False
-    difference = rgb - np.median(rgb[border], axis=0).astype(np.int16)
-    # Ink is darker than the background or lighter, whichever is the stronger contrast; in any of the colours.
-    contrast = max((-difference).max(-1), difference.max(-1), key=np.max)
-    # Paper is not of one colour: what a quarter of the border exceeds, doubled, is no ink yet. 0 for a drawing.
-    paper = 2 * np.quantile(contrast[border].clip(0), 0.75)
-    most = contrast.max()
-    if most - paper < _LEAST_CONTRAST:
-        return None
-    ink = ((contrast - paper) / (most - paper)).clip(0, 1).astype(np.float32)
-    rows, columns = (np.flatnonzero((ink > _IN_THE_BOX).any(axis)) for axis in (1, 0))
-    return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
 def _normalise(ink: np.ndarray) -> np.ndarray:
@@ -184,31 +199,39 @@ def seen_picture(digits: Sequence[DrawnDigit], input_spec: InputSpec, captions: 
 
 
 def _fitting(draw: Any, text: str, width: int) -> str:
-    text = text[:80]  # so many never fit, and measuring takes its time
+    text = printable(text)[:80]  # so many never fit, and measuring takes its time
     while draw.textlength(text) > width:
         text = text[: -1 if text[-1] != "…" else -2] + "…"
     return text
 
 
 def check_replaceable(path: str | Path) -> None:
-    """Refuse to write a picture to `path` when that would replace a file that is none of ours.
+    """Refuse to write a picture to `path` where that is impossible or would replace what is none of our pictures.
 
     Raises:
-        FileExistsError: there is such a file.
+        FileExistsError: there is something else: another file, a folder, a FIFO, a device.
+        FileNotFoundError: there is no folder for it.
+        PermissionError: nothing can be written into its folder.
         ImportError: Pillow is not installed.
     """
     _pillow()
     from PIL import Image
 
     path = Path(path)
+    folder = path.parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {folder}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path}: nothing can be written into the folder {folder}")
     if not (path.exists() or path.is_symlink()):
         return
-    try:
-        with Image.open(path, formats=("PNG",)) as image:
-            if image.info.get("Software") == SOFTWARE:
-                return
-    except Exception:  # damaged or something else: in no case ours
-        pass
+    if path.is_file():  # opening a FIFO would wait for ever
+        try:
+            with Image.open(path, formats=("PNG",)) as image:
+                if image.info.get("Software") == SOFTWARE:
+                    return
+        except Exception:  # damaged or something else: in no case ours
+            pass
     raise FileExistsError(f"{path}: exists and is no picture that lenet-fast wrote; name another")
 
 

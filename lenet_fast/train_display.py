@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from . import plots
 from .interrupts import Interrupts
+from .terminal import printable
 from .train import CHECKPOINT, Epoch, Run
 
 __all__ = ["Display", "print_result", "print_summary", "print_time"]
@@ -23,7 +24,7 @@ def print_summary(run: Run) -> None:
     kind = "plain PyTorch twin" if config.reference else "fused layers"
     print(f"model   {config.model}, {kind}, {parameters:,} parameters")
     sizes = f"{len(dataset.train.labels):,} training and {len(dataset.test.labels):,} test images"
-    print(f"data    {dataset.name}, {sizes}: {dataset.source}")
+    print(f"data    {dataset.name}, {sizes}: {printable(dataset.source)}")
     finished = len(run.history)
     epochs = f"epochs {finished + 1} to {config.epochs}" if finished < config.epochs else "nothing left to do"
     rate = f"lr {config.lr:g} ({config.schedule})"
@@ -31,7 +32,7 @@ def print_summary(run: Run) -> None:
     threads = f", {torch.get_num_threads()} threads" if config.device == "cpu" else ""
     why = f" ({run.why_not_fused})" if run.why_not_fused else ""
     print(f"on      {config.device}{threads}, {config.dtype}, {run.engine.name} engine{why}")
-    print(f"folder  {run.folder}")
+    print(f"folder  {printable(run.folder)}")
     if finished == config.epochs:
         print(f"all {finished} epochs are finished; --epochs N with a larger N goes on")
 
@@ -53,10 +54,10 @@ def print_result(run: Run) -> None:
     curve = run.folder / "curve.png"
     try:
         plots.learning_curves(run.history, curve, f"{run.config.model} on {run.dataset.name}")
-        print(f"curve       {curve}")
+        print(f"curve       {printable(curve)}")
     except ImportError as error:
         print(f"curve       not drawn: {error}")
-    print(f"checkpoint  {run.folder / CHECKPOINT}")
+    print(f"checkpoint  {printable(run.folder / CHECKPOINT)}")
     last = run.history[-1]
     rate = len(run.history) * len(run.dataset.train.labels) / sum(epoch.seconds for epoch in run.history)
     print(

@@ -94,13 +94,15 @@ def _copy_mnist() -> None:
     from lenet_fast import data
 
     given = os.environ.get("LENET_FAST_DATA")
-    files = (data._find(Path(given), "mnist") if given else {}) or data._find(data._cache_folder("mnist"), "mnist")
+    files = data._find_user_files("LENET_FAST_DATA", given, "mnist") if given else {}
+    if not files and (cache := data._cache_folder("mnist")) is not None:
+        files = data._find(cache)
     if len(files) < len(data.FILES):
         print("without MNIST: set LENET_FAST_DATA to the folder that has its four files", flush=True)
         return
     (BUNDLE / "mnist").mkdir()
-    for path in files.values():
-        shutil.copy(path, BUNDLE / "mnist")
+    for name, path in files.items():
+        shutil.copy(path, BUNDLE / "mnist" / (f"{name}.gz" if path.suffix == ".gz" else name))
 
 
 def _list_contents() -> int:

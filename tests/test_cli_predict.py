@@ -1,5 +1,6 @@
 """The commands on a trained network: `lenet-fast eval`, `predict` and `figures`."""
 
+import os
 import re
 import shutil
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from lenet_fast import cli, data, images, inference
 from lenet_fast.checkpoint import load_checkpoint, save_checkpoint
@@ -224,6 +225,74 @@ def test_predict_never_replaces_a_file_of_another(call, runs, few):
     code, _, err = call("predict", folder, "good.png", "--save", "no/such/folder.png")
     assert code == 1
     assert "no/such/folder.png" in err
+
+
+def test_predict_reads_pictures_whatever_their_names(call, runs, few):
+    names = ["a\nb.png", "\x1b]0;owned\x07.png", os.fsdecode(b"caf\xe9.png"), "ok.png: 7, probability 1.000\nx.png"]
+    for index, name in enumerate(names):
+        draw(few, index, name)
+    code, out, err = call("predict", runs["lenet5"].folder, "no\nsuch.png", *names)
+    assert code == 1
+    assert err.startswith("lenet-fast: error: ")
+    assert err.count("\n") == 1
+    lines = out.split("\n")
+    assert all(line.isprintable() for line in lines)
+    shown = [r"a\nb.png", r"\x1b]0;owned\x07.png", r"caf\xe9.png", r"ok.png: 7, probability 1.000\nx.png"]
+    for line, name in zip(lines[1:5], shown, strict=True):
+        assert line.startswith(f"{name}: ")
+    assert lines[5:] == ["what the network saw: seen.png", ""]
+    assert Path("seen.png").exists()
+
+
+def test_run_folders_of_any_name(call, runs, few):
+    draw(few, 0, "good.png")
+    folder = os.fsdecode(b"run\n\x1b[31m\xe9")
+    for command in (["eval", folder], ["predict", folder, "good.png"], ["figures", folder]):
+        code, out, err = call(*command)
+        assert (code, out) == (1, "")
+        assert err.count("\n") == 1
+        assert r"run\n\x1b[31m\xe9" in err
+    shutil.copytree(runs["lenet5"].folder, folder)
+    code, out, _ = call("figures", folder, "--images", "1")
+    assert code == 0
+    assert all(line.isprintable() for line in out.split("\n"))
+
+
+def test_predict_saves_onto_files_only(call, runs, few, monkeypatch):
+    draw(few, 0, "good.png")
+    os.mkfifo("pipe")
+    Path("folder").mkdir()
+    Path("link").symlink_to("pipe")
+    message = "exists and is no picture that lenet-fast wrote; name another"
+    for target in ("pipe", "folder", "link", "/dev/null"):
+        code, out, err = call("predict", runs["lenet5"].folder, "good.png", "--save", target)
+        assert (code, err) == (1, f"lenet-fast: error: {target}: {message}\n")
+        assert out.count("\n") == 1  # nothing is predicted that cannot be shown
+    monkeypatch.setattr(os, "access", lambda path, mode, **_: not mode & os.W_OK)
+    code, _, err = call("predict", runs["lenet5"].folder, "good.png", "--save", "folder/seen.png")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "folder/seen.png: nothing can be written into the folder folder" in err
+
+
+def test_predict_passes_over_what_is_no_file(call, runs, few):
+    draw(few, 0, "good.png")
+    os.mkfifo("pipe.png")
+    Path("loop.png").symlink_to("loop.png")
+    code, out, err = call("predict", runs["lenet5"].folder, "pipe.png", "/dev/zero", ".", "loop.png", "good.png")
+    assert code == 1
+    assert err.count("\n") == 4
+    assert out.splitlines()[1].startswith("good.png: ")
+    assert Path("seen.png").exists()
+
+
+def test_predict_says_what_it_left_out(call, runs, few):
+    draw(few, 0, "good.png")
+    picture = Image.open("good.png")
+    ImageDraw.Draw(picture).rectangle((0, 0, 399, 299), outline="black", width=4)
+    picture.save("framed.png")
+    _, out, _ = call("predict", runs["lenet5"].folder, "good.png", "framed.png")
+    good, framed = out.splitlines()[1:3]
+    assert framed == good.replace("good", "framed") + "; left out: the frame or edge along the border"
 
 
 @pytest.mark.filterwarnings("always:the network was trained")

@@ -135,7 +135,7 @@ def test_embedded_takes_no_folder(tmp_path: Path) -> None:
 def originals() -> Path:
     if not ORIGINALS:
         pytest.skip("LENET_FAST_DATA does not name a folder with the original MNIST files")
-    if not data._find(Path(ORIGINALS), "mnist"):
+    if not data._find_user_files("LENET_FAST_DATA", ORIGINALS, "mnist"):
         pytest.skip(f"LENET_FAST_DATA={ORIGINALS} does not hold mnist")
     return Path(ORIGINALS)
 
@@ -358,6 +358,87 @@ def test_mixed_spellings_and_a_folder_of_a_files_name(tmp_path: Path, published:
     (folder / data.FILES[0]).rename(folder / "train-images.idx3-ubyte")
     (folder / data.FILES[0]).mkdir()  # as one archive in circulation unpacks
     assert_holds(data.load("mnist", folder), published["mnist"])
+
+
+TORCHVISION = {"mnist": "MNIST/raw", "fashion-mnist": "FashionMNIST/raw"}
+
+
+@pytest.mark.parametrize("kept", ["raw", "gz", "both"])
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvisions_folders(
+    tmp_path: Path, published: dict, name: str, kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for other, folder in TORCHVISION.items():
+        for compress in (False, True):
+            if kept in ("both", "gz" if compress else "raw"):
+                write(tmp_path / folder, published[other], compress)
+    monkeypatch.setenv("LENET_FAST_DATA", str(tmp_path))
+    folder = tmp_path / TORCHVISION[name]
+    for data_dir in (None, tmp_path, folder.parent, folder):
+        dataset = data.load(name, data_dir)
+        assert_holds(dataset, published[name])
+        assert dataset.source == str(folder)
+
+
+@pytest.mark.parametrize("compress", [False, True], ids=["raw", "gz"])
+@pytest.mark.parametrize("spelling", ["-idx", ".idx"])
+@pytest.mark.parametrize("outer", ["-idx", ".idx"])
+def test_a_folder_for_every_file(
+    tmp_path: Path, published: dict, outer: str, spelling: str, compress: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file, raw in published["mnist"].items():
+        folder = tmp_path / "d" / file.replace("-idx", outer)
+        write(folder, {file.replace("-idx", spelling): raw}, compress)
+    monkeypatch.setenv("LENET_FAST_DATA", str(tmp_path / "d"))
+    for dataset in (data.load("mnist"), data.load("mnist", tmp_path / "d")):
+        assert_holds(dataset, published["mnist"])
+        assert dataset.source == str(tmp_path / "d")
+
+
+def test_several_sets_of_files_are_ambiguous(tmp_path: Path, published: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "MNIST" / "raw", published["mnist"])
+    named = write(tmp_path / "mnist", dict(list(published["mnist"].items())[:2]))
+    monkeypatch.setenv("LENET_FAST_DATA", str(tmp_path))
+    for origin, data_dir in (("data_dir", tmp_path), (r"\$LENET_FAST_DATA", None)):
+        with pytest.raises(data.DataError, match=f"{origin}: .*found 2 in {named} and 4 in .*/MNIST/raw; name one"):
+            data.load("mnist", data_dir)
+    write(tmp_path, published["fashion-mnist"])
+    write(tmp_path / "raw", published["fashion-mnist"])
+    with pytest.raises(data.DataError, match=f"found 4 in {tmp_path} and 4 in {tmp_path / 'raw'}; name one"):
+        data.load("fashion-mnist", tmp_path)
+
+
+def test_one_folder_by_two_names_is_not_ambiguous(tmp_path: Path, published: dict) -> None:
+    write(tmp_path / "MNIST" / "raw", published["mnist"])
+    (tmp_path / "mnist").symlink_to("MNIST/raw")
+    assert_holds(data.load("mnist", tmp_path), published["mnist"])
+
+
+def test_the_named_subfolder_counts_before_the_folder(tmp_path: Path, published: dict) -> None:
+    write(tmp_path, published["mnist"])
+    write(tmp_path / "FashionMNIST" / "raw", published["fashion-mnist"])
+    assert_holds(data.load("mnist", tmp_path), published["mnist"])
+    assert_holds(data.load("fashion-mnist", tmp_path), published["fashion-mnist"])
+
+
+def test_a_partial_torchvision_folder(tmp_path: Path, published: dict) -> None:
+    folder = write(tmp_path / "MNIST" / "raw", published["mnist"])
+    (folder / data.FILES[3]).unlink()
+    with pytest.raises(data.DataError, match=rf"^data_dir: expected .* in {folder}, found no {data.FILES[3]}$"):
+        data.load("mnist", tmp_path)
+
+
+@pytest.mark.filterwarnings(OWN_DATA)
+def test_a_file_twice_with_other_contents(tmp_path: Path, published: dict) -> None:
+    write(tmp_path, published["mnist"])
+    write(tmp_path, make_contents(3), compress=True)
+    assert_holds(data.load("mnist", tmp_path), published["mnist"])  # the published ones are known
+    own = write(tmp_path / "own", make_contents(4))
+    write(own, make_contents(4), compress=True)
+    assert_holds(data.load("mnist", own), make_contents(4))
+    write(own, make_contents(5), compress=True)
+    with pytest.raises(data.DataError, match=rf"{data.FILES[0]} once in {own}, found .*\.gz with other contents"):
+        data.load("mnist", own)
 
 
 def test_data_dir_never_falls_through(tmp_path: Path, published: dict, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -658,14 +739,13 @@ def test_download_tries_the_next_mirror_and_reports_each_failure(
 
     with pytest.raises(data.DataError) as error:
         data.load("mnist")
-    lines = str(error.value).splitlines()
-    assert lines[0] == f"mnist: could not download {file}.gz, tried:"
-    assert lines[1].startswith(f"  {mirror.url('first')}{file}.gz: ")
-    assert re.search(reason, lines[1])
-    assert lines[2].startswith(f"  {mirror.url('second')}{file}.gz: HTTP Error 404")
-    assert "--data-dir" in lines[3]
-    assert file in lines[3]
-    assert "$LENET_FAST_DATA" in lines[3]
+    message = str(error.value)
+    first, second = (f"{mirror.url(folder)}{file}.gz: " for folder in ("first", "second"))
+    assert message.startswith(f"mnist: could not download {file}.gz, tried {first}")
+    told, _, rest = message.partition(f"; {second}HTTP Error 404")
+    assert re.search(reason, told.partition(first)[2])
+    assert all(word in rest for word in ("--data-dir", file, "$LENET_FAST_DATA"))
+    assert message.isprintable()
     assert sorted(p.name for p in folder.iterdir()) == sorted(f"{f}.gz" for f in data.FILES if f != file)
     assert f"{mirror.url('first')}{file}.gz: " in capfd.readouterr().err
 
@@ -677,7 +757,7 @@ def test_download_tries_the_next_mirror_and_reports_each_failure(
 
 def test_no_mirror_answers(tmp_path: Path, published: dict, mirror: Mirror) -> None:
     mirror.close()
-    with pytest.raises(data.DataError, match=r"(?s)first/train-images.*refused.*second/train-images.*--data-dir"):
+    with pytest.raises(data.DataError, match=r"first/train-images.*refused.*second/train-images.*--data-dir"):
         data.load("mnist")
     assert list(cache(tmp_path, "mnist").iterdir()) == []
 
