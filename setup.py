@@ -54,10 +54,12 @@ def wants_cuda() -> bool:
 class Build(BuildExtension):
     """Compiles the .cu files of _C_cuda with nvcc itself: they know nothing of PyTorch, which may be a CPU build."""
 
+    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)  # files, and architectures of a file, at a time
+
     def build_extension(self, extension: CppExtension) -> None:
         if extension.name == "lenet_fast._C_cuda":
             kernels = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
-            with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+            with ThreadPoolExecutor(self.jobs) as pool:
                 extension.extra_objects = [*pool.map(self.compile_kernels, kernels), *extension.extra_objects]
         super().build_extension(extension)
 
@@ -66,7 +68,7 @@ class Build(BuildExtension):
         newest = max(path.stat().st_mtime for folder in ("csrc", "csrc/cuda") for path in Path(folder).glob("*.*"))
         if not target.exists() or target.stat().st_mtime < newest or self.force:
             target.parent.mkdir(parents=True, exist_ok=True)
-            flags = [*cuda_toolkit.NVCC_FLAGS, *cuda_toolkit.architecture_flags()]
+            flags = [*cuda_toolkit.NVCC_FLAGS, *cuda_toolkit.architecture_flags(), f"--threads={self.jobs}"]
             host_flags = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
             command = [str(cuda_toolkit.find_nvcc()), *flags, *host_flags, "-c", source, "-o", str(target)]
             if subprocess.run(command).returncode != 0:
@@ -81,7 +83,7 @@ def csrc(sources: list[str]) -> list[str]:
 def cuda_extension() -> CppExtension:
     return CppExtension(
         "lenet_fast._C_cuda",
-        csrc(["bind_cuda.cpp", "bind_training_cuda.cpp"]),
+        csrc(["bind_cuda.cpp", "bind_training_cuda.cpp", "bind_served_cuda.cpp"]),
         include_dirs=[str(cuda_toolkit.toolkit_root() / "include")],
         extra_compile_args={"cxx": [*CXX_FLAGS, STABLE_ABI_FLAG, "-DUSE_CUDA"]},
         extra_objects=[str(cuda_toolkit.find_cudart_static())],

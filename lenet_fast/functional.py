@@ -320,7 +320,7 @@ def _resolve_padding(input: Tensor, padding: int | str, kernel_size: int, pool: 
 
 def _resolve_backend(backend: str, input: Tensor) -> str:
     check_choice("backend", backend, backends.BACKENDS)
-    if backend != "auto" and (reason := backends.why_unavailable(backend, input.device.type)) is not None:
+    if backend != "auto" and (reason := backends.why_unavailable(backend, input.device)) is not None:
         raise RuntimeError(f"backend: {backend!r} cannot run here: {reason}")
     return backend
 

@@ -1,7 +1,7 @@
 """What the CUDA kernels take of a multiprocessor, as ptxas reports it, against a committed table.
 
-`python scripts/cuda_resources.py --write` writes tests/cuda_resources.csv anew; it refuses kernels that spill or use a
-stack frame.
+`python scripts/cuda_resources.py` compiles every kernel for every architecture, in five minutes of one core, and
+compares; with `--write` it writes tests/cuda_resources.csv anew, and refuses kernels that spill or use a stack frame.
 """
 
 import hashlib
@@ -23,7 +23,8 @@ from resource_table import ROOT, Resources, ResourceTable, read_rows, write_rows
 
 CACHE = ROOT / "build" / "cuda_resources"
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-ARCHITECTURES = ("sm_80", "sm_90")
+ARCHITECTURES = tuple(f"sm_{entry.replace('.', '')}" for entry in cuda_toolkit.ARCHITECTURES)
+JOBS = [(source, architecture) for source in SOURCES for architecture in ARCHITECTURES]
 FLAGS = [*NVCC_FLAGS, "-Xptxas", "-v"]
 
 
@@ -115,8 +116,7 @@ def compile_kernels(source: Path, architecture: str) -> list[Resources]:
     return read_rows(cached)
 
 
-def compile_all(sources: Iterable[Path] = SOURCES) -> list[Resources]:
-    jobs = [(source, architecture) for source in sources for architecture in ARCHITECTURES]
+def compile_all(jobs: Iterable[tuple[Path, str]] = JOBS) -> list[Resources]:
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
         compiled = pool.map(lambda job: compile_kernels(*job), jobs)
     return sorted({resources for kernels in compiled for resources in kernels})  # several files may have the same

@@ -94,6 +94,8 @@ def test_bit_equal_in_every_order(case, monkeypatch):
 
 # Bytes of a multiprocessor's shared memory; the system takes 1 KiB of every block's.
 SHARED_BYTES = {"sm_80": 164 << 10, "sm_90": 228 << 10}
+# The most that a block can have on the GPU with the least, sm_75.
+SHARED_BYTES_OF_A_BLOCK = 64 << 10
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -101,9 +103,15 @@ def test_launches_fit_the_designed_occupancy(dtype, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_HOST_LAUNCHES", str(tmp_path / "launches"))
     for case in FEW_IMAGES:
         case.gradients(case.tensors(dtype), pool=case.pools[0], backend="native")
+    monkeypatch.setenv("CUDA_HOST_MULTIPROCESSORS", "1")  # several images a block
+    for case in LENETS:
+        many = replace(case, batch=21)
+        many.run(many.tensors(dtype), pool=case.pools[0], backend="native")
     launches = {tuple(line.split(" ", 2)) for line in (tmp_path / "launches").read_text().splitlines()}
     table = {row.key: row for row in cuda_resources.TABLE.read()}
     for threads, shared_bytes, kernel in launches:
+        static = max(row.static_shared for row in table.values() if row.kernel == cuda_resources.short_name(kernel))
+        assert static + int(shared_bytes) <= SHARED_BYTES_OF_A_BLOCK, kernel
         for architecture, limit in SHARED_BYTES.items():
             designed = table[cuda_resources.short_name(kernel), architecture]
             assert int(threads) <= designed.threads
