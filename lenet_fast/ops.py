@@ -1,7 +1,8 @@
 """The operators' one declaration: torch.ops.lenet_fast.*, and what their outputs' shapes are.
 
 `torch.ops.lenet_fast.<name>` runs the best kernels of the tensors' device: compiled ones where their library is there
-and can run on that device, else Triton's on CUDA, else the plain definition. `<name>_triton` is the same operator on the Triton kernels alone.
+and can run on that device, else Triton's on CUDA, else the plain definition. `<name>_triton` is the same operator on
+the Triton kernels alone.
 """
 
 from collections.abc import Sequence

@@ -5,6 +5,7 @@ compares; with `--write` it writes tests/cuda_resources.csv anew, and refuses ke
 """
 
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -66,12 +67,12 @@ def _parse(report: str, ptx: str, architecture: str) -> list[Resources]:
         # Names end where `name(` opens the parameters, in PTX too.
         bounds = re.search(rf"\.entry {re.escape(name)}\((.*?)\{{", ptx, re.DOTALL)
         assert bounds, name
-        threads = re.search(r"\.maxntid (\d+), (\d+), (\d+)", bounds[1])
+        threads = re.search(r"\.maxntid ([\d, ]+)", bounds[1])
         blocks = re.search(r"\.minnctapersm (\d+)", bounds[1])
         kernels[name] = Resources(
             name,
             architecture,
-            int(threads[1]) * int(threads[2]) * int(threads[3]) if threads else 1024,
+            math.prod(map(int, threads[1].split(","))) if threads else 1024,
             int(blocks[1]) if blocks else 1,
             registers,
             shared,

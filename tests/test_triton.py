@@ -5,6 +5,7 @@ Triton reads TRITON_INTERPRET when it is imported, so that whatever is interpret
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,10 +20,9 @@ from operators import INTERPRETED, LENET_C1, SMALL_CASES, SPARSE_C3, Case, rando
 from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import gradgradcheck
 
-from lenet_fast import backends, env, functional, ops
+from lenet_fast import backends, env, functional
 
 TESTS = Path(__file__).parent
-OPERATORS = [f"{name}{direction}" for name in ops.dispatched for direction in ("", "_backward")]
 SUITES = {
     "operators": ("test_operators.py", "cpu-triton and (not float64 or sigmoid or n16-2x9x11)"),
     "transforms": (
@@ -186,19 +186,13 @@ def test_the_report_says_what_serves_cuda_tensors(native, triton, expected, monk
     assert backends.serving("cuda") == expected
     assert env.facts()["kernels on cuda"] == expected
     if native is not None:
-        backends.warn_fallback.cache_clear()
-        with pytest.warns(
-            RuntimeWarning, match=r"'cuda' tensors run through " + expected.replace("(", r"\(").replace(")", r"\)")
-        ):
-            backends.warn_fallback("cuda")
-        backends.warn_fallback("cuda")  # once
-        backends.warn_fallback.cache_clear()
-
-
-@needs_triton
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_cuda_tensors_never_fall_back_to_the_reference(operator):
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lenet_fast::{operator}", "CUDA")
+        backends.fall_back.cache_clear()
+        device = torch.device("cuda")
+        with pytest.warns(RuntimeWarning, match=re.escape(f"'cuda' tensors run through {expected}")):
+            chosen = backends.fall_back(device)
+        assert chosen == ("reference" if triton else "triton")
+        assert backends.fall_back(device) == chosen  # said once
+        backends.fall_back.cache_clear()
 
 
 # --- graphs ----------------------------------------------------------------------------------------------------------
