@@ -1,8 +1,9 @@
 """Builds the native libraries: `_C` (CPU operators) always, `_C_cuda` where nvcc and a CUDA build of PyTorch are.
 
 LENET_FAST_CUDA=0|1|auto|only (default auto): `_C_cuda` never; always, also for a PyTorch without CUDA (fails loudly
-without nvcc); where it can be used (says why not); nothing else. TORCH_CUDA_ARCH_LIST: the GPUs to build for. No GPU is
-needed to build. LENET_FAST_WERROR=1 (CI): warnings are errors; elsewhere a newer compiler may have new ones.
+without nvcc); where it can be used (says why not); nothing else. TORCH_CUDA_ARCH_LIST: the GPUs to build for, else all
+of scripts/cuda_toolkit.py that nvcc knows. No GPU is needed to build. LENET_FAST_WERROR=1 (CI): warnings are errors, of
+g++ and nvcc; elsewhere a newer compiler may have new ones.
 """
 
 import os

@@ -66,6 +66,8 @@ def architectures() -> str:
 def _default_architectures() -> str:
     listed = subprocess.run([str(find_nvcc()), "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
     known = [entry for entry in ARCHITECTURES if f"sm_{entry.replace('.', '')}" in listed.split()]
+    if not known:
+        raise SystemExit(f"{find_nvcc()} compiles for none of {', '.join(ARCHITECTURES)}: set TORCH_CUDA_ARCH_LIST")
     return f"{';'.join(known)}+PTX"
 
 

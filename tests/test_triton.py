@@ -19,6 +19,7 @@ from functorch.compile import make_boxed_func
 from operators import INTERPRETED, LENET_C1, SMALL_CASES, SPARSE_C3, Case, random_table
 from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lenet_fast import backends, env, functional
 
@@ -154,6 +155,42 @@ def test_interpreted_dense_operators_differentiate_twice(operator):
         torch.stack([tensors[0], -tensors[0]])
     )
     torch.testing.assert_close(vmapped[1], DENSE[operator](-tensors[0], *tensors[1:], "reference"))
+
+
+class Products(TorchDispatchMode):
+    """Records PyTorch's matrix products: dtype of the operands, and whether cuBLAS may take TF32 for them."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator is torch.ops.aten.mm.default:
+            self.seen.append((*(tensor.dtype for tensor in args), torch.backends.cuda.matmul.allow_tf32))
+        return operator(*args, **(kwargs or {}))
+
+
+@needs_triton
+@pytest.mark.parametrize(("precision", "tf32"), [(None, False), ("highest", False), ("high", True)])
+def test_gradients_of_dense_layers_are_products_as_pytorch_is_told_to_take_them(monkeypatch, precision, tf32):
+    """With the precision that PyTorch has, which is exact unless somebody says otherwise."""
+    from lenet_fast import triton_dense
+
+    grad = torch.randn(5, 3)
+    monkeypatch.setattr(triton_dense, "_linear_act", lambda *_: grad)
+    input, weight, bias = torch.randn(5, 7), torch.randn(3, 7), torch.randn(3)
+    before = torch.get_float32_matmul_precision()
+    try:
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)
+        with Products() as products:
+            grads = triton_dense.linear_act_backward(grad, input, weight, bias, "tanh", True, True, True)
+        assert torch.get_float32_matmul_precision() == (precision or before)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert products.seen == [(torch.float32, torch.float32, tf32)] * 2
+    for found, expected in zip(grads, (grad @ weight, grad.mT @ input, grad.sum(0)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-2 if tf32 else 1.3e-6, atol=2e-2 if tf32 else 1e-5)
 
 
 # --- where they run, and why not --------------------------------------------------------------------------------------
