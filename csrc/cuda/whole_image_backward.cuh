@@ -78,8 +78,8 @@ struct WholeImageBackward {
   bool vectorised;
 };
 
-// How many blocks of the kernel the compiler makes room for. Its code for Blackwell takes a few registers more: with the
-// input gradient it would spill, and has room for one block less.
+// How many blocks of the kernel the compiler makes room for. Its code for Blackwell takes a few registers more: with
+// the input gradient it would spill, and has room for one block less.
 template <typename A>
 constexpr int resident_blocks() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
@@ -90,8 +90,7 @@ constexpr int resident_blocks() {
 }
 
 template <typename A>
-__global__ void __launch_bounds__(A::threads, resident_blocks<A>())
-    whole_image_backward(const __grid_constant__ A a) {
+__global__ void __launch_bounds__(A::threads, resident_blocks<A>()) whole_image_backward(const __grid_constant__ A a) {
   using S = typename A::Storage;
   using T = typename A::T;
   using Layer = typename A::Layer;
