@@ -2,8 +2,9 @@
 
 LENET_FAST_CUDA=0|1|auto|only (default auto): `_C_cuda` never; always, also for a PyTorch without CUDA (fails loudly
 without nvcc); where it can be used (says why not); nothing else but the facts of the build. LENET_FAST_CLOCKS=1: with
-phase clocks (csrc/cuda/phase_clock.cuh). TORCH_CUDA_ARCH_LIST: the GPUs to build for. No GPU is
-needed to build. LENET_FAST_WERROR=1 (CI): warnings are errors; elsewhere a newer compiler may have new ones.
+phase clocks (csrc/cuda/phase_clock.cuh). TORCH_CUDA_ARCH_LIST: the GPUs to build for, else all of
+scripts/cuda_toolkit.py that nvcc knows. No GPU is needed to build. LENET_FAST_WERROR=1 (CI): warnings are errors, of
+g++ and nvcc; elsewhere a newer compiler may have new ones.
 """
 
 import os
@@ -78,7 +79,7 @@ class Build(BuildExtension):
     def compile_kernels(self, source: str) -> str:
         clocked = os.environ.get("LENET_FAST_CLOCKS") == "1" and Path(source).name == "train_network.cu"
         target = Path(self.build_temp).absolute() / f"{Path(source).stem}{'.clocks' if clocked else ''}.cuda.o"
-        flags = [*cuda_toolkit.NVCC_FLAGS, *cuda_toolkit.architecture_flags()]
+        flags = [*cuda_toolkit.NVCC_FLAGS, *cuda_toolkit.architecture_flags(), f"--threads={os.environ['MAX_JOBS']}"]
         flags += ["-DLENET_FAST_CLOCKS"] if clocked else []
         host_flags = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
         command = [str(cuda_toolkit.find_nvcc()), *flags, *host_flags, "-c", source, "-o", str(target)]
@@ -101,7 +102,7 @@ def csrc(sources: list[str]) -> list[str]:
 def cuda_extension() -> CppExtension:
     return CppExtension(
         "lenet_fast._C_cuda",
-        csrc(["bind_cuda.cpp", "bind_training_cuda.cpp"]),
+        csrc(["bind_cuda.cpp", "bind_training_cuda.cpp", "bind_served_cuda.cpp"]),
         include_dirs=[str(cuda_toolkit.toolkit_root() / "include")],
         extra_compile_args={"cxx": [*CXX_FLAGS, STABLE_ABI_FLAG, "-DUSE_CUDA"]},
         extra_objects=[str(cuda_toolkit.find_cudart_static())],

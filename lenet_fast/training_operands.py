@@ -83,7 +83,7 @@ class TrainingOperands:
     def _try_on_nothing(self, image: tuple[int, int, int]) -> str | None:
         """What the native steps say of the network when they are given no images."""
         numbers = self.numbers(image)
-        if (missing := backends.why_unavailable("native", self.parameter.device.type)) is not None:
+        if (missing := backends.why_unavailable("native", self.parameter.device)) is not None:
             return missing
         images = self.parameter.new_empty((0, *image))
         data = images, images.new_empty(0, dtype=torch.int64), None, 1, 0.0, 0.0, "sgd", [0.0] * 6, [], 0.0
@@ -160,7 +160,7 @@ class TrainingOperands:
                 raise NetworkError(f"{name}: a {type(tensor).__name__}, whose operators are not PyTorch's own")
             if tensor.dtype not in (torch.float32, torch.float64) or tensor.dtype != first.dtype:
                 raise NetworkError(f"{name}: expected float32 or float64, one for all, got {tensor.dtype}")
-            if (reason := backends.why_untrained(tensor.device.type)) is not None:
+            if (reason := backends.why_untrained(tensor.device)) is not None:
                 raise NetworkError(f"{name}: on {tensor.device}, where the fused trainer cannot run: {reason}")
             if tensor.device != first.device:
                 raise NetworkError(f"{name}: on {tensor.device}, {self.names[0]} is on {first.device}")
