@@ -690,6 +690,8 @@ def test_the_small_lenet_itself_is_taken():
         ({"pool2": nn.Sequential(nn.MaxPool2d(2), nn.MaxPool2d(2))}, "pool2.1: a pooling cannot follow conv2"),
         ({"flatten": None}, "dense: a dense layer needs a flattening"),
         ({"flatten": nn.Flatten(0)}, "flatten: flattens dimensions 0 to -1"),
+        ({"flatten": nn.Softmax(1)}, "flatten: Softmax"),  # its name says nothing
+        ({"output": nn.Sequential(nn.Flatten(1, 3), nn.Linear(20, 10))}, "output.0: flattens dimensions 1 to 3"),
         ({"output": nn.Sequential(nn.Linear(20, 10), nn.LogSoftmax(1))}, "output.1: LogSoftmax"),
         ({"output": nn.utils.parametrizations.weight_norm(nn.Linear(20, 10))}, "output: "),
         ({"conv1": nn.Flatten()}, "conv1: a convolution has to come first"),
