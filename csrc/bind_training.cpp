@@ -139,8 +139,12 @@ class TrainingRun {
   std::tuple<double, int64_t> take(int64_t number) {
     const int64_t first = number * t_.batch_size, batch = std::min(t_.batch_size, t_.total - first);
     for (const auto& one : t_.trained) {
-      one.parameter->update = update_of<T>(t_.settings, one.trains, one.count != nullptr ? *one.count + 1 : 0,
-                                           t_.learning_rates[static_cast<size_t>(number)]);
+      const double taken = one.count != nullptr ? *one.count : -1;
+      if (one.count != nullptr && !(taken >= 0)) {  // would make every value NaN
+        fail("step_counts: expected at least 0, got ", taken);
+      }
+      one.parameter->update =
+          update_of<T>(t_.settings, one.trains, taken + 1, t_.learning_rates[static_cast<size_t>(number)]);
     }
     step_.factor = static_cast<T>(1.0 / static_cast<double>(batch));
     const auto [loss, right] = is_few(batch) ? take_few(first, batch) : take_blocks(first, batch);

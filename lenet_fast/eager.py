@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["PLAIN_TENSORS", "among_real_tensors", "check_memory", "is_intercepted"]
+__all__ = ["PLAIN_TENSORS", "among_real_tensors", "check_memory", "is_intercepted", "is_replaced"]
 
 PLAIN_TENSORS = (Tensor, nn.Parameter)  # types without a dispatch of their own, as fake tensors have
 
@@ -19,6 +19,15 @@ _len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack  # FakeTensorMode
 def is_intercepted() -> bool:
     """Whether someone records or replaces the operators called now: they need to see those that are public."""
     return _len_torch_dispatch_stack() > 0 or _is_tracing() or _are_functorch_transforms_active()
+
+
+def is_replaced() -> bool:
+    """Whether what happens now is recorded to be run another time, or happens to no real tensors."""
+    if not is_intercepted():
+        return False
+    keys = torch._C._TorchDispatchModeKey
+    modes = (torch._C._get_dispatch_mode(key) for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL))
+    return _is_tracing() or _are_functorch_transforms_active() or any(mode is not None for mode in modes)
 
 
 def among_real_tensors() -> AbstractContextManager:

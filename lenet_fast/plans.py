@@ -170,6 +170,6 @@ def _compile(graph: fx.Graph, cls: type) -> Callable[..., Any]:
     linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
     namespace = dict(code.globals)
     exec(compile(code.src, filename, "exec"), namespace)
-    forward = namespace.pop("forward")  # which would keep itself alive
+    forward = namespace["forward"]
     weakref.finalize(forward, linecache.cache.pop, filename, None).atexit = False
     return forward

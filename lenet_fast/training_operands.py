@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import backends
-from .eager import check_memory
+from .eager import check_memory, is_replaced
 from .network import Network, NetworkError
 from .snapshot import Record, Snapshot, items_of
 
@@ -31,14 +31,14 @@ class TrainingOperands:
 
     Raises:
         NetworkError: a model or parameters that the native steps do not take; names the part.
-        RuntimeError: hooks on all modules.
+        RuntimeError: hooks on all modules, or a surrounding that cannot follow native steps.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.version = 0  # of all tensors and of the network
         self._said: set[str] = set()
-        _refuse_hooks_on_all_modules()
+        _refuse_surroundings()
         self._read()
 
     def __reduce__(self) -> tuple:
@@ -109,7 +109,7 @@ class TrainingOperands:
             NetworkError: as when made; a parameter that the optimizer does not have.
             RuntimeError: as when made.
         """
-        _refuse_hooks_on_all_modules()
+        _refuse_surroundings()
         if not self._snapshot.holds():
             self._read()
         elif self._marks_now() != self._marks:
@@ -216,6 +216,11 @@ class TrainingOperands:
         self._state_record = Record((), tuple(items))
 
 
-def _refuse_hooks_on_all_modules() -> None:
+def _refuse_surroundings() -> None:
     if _has_any_global_hook():
         raise RuntimeError("hooks on all modules are set: the fused trainer would not call them")
+    if is_replaced():
+        raise RuntimeError(
+            "fake tensors, make_fx, torch.jit.trace and torch.func cannot follow the fused trainer, which changes its "
+            "model in native code: train with autograd there"
+        )

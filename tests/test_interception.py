@@ -239,3 +239,36 @@ def test_jit_trace_of_functions(name, context):
     batch = torch.cat([tensors[0], 2 * tensors[0]])[:5]
     found, expected = gradients(traced)(batch, *tensors[1:]), gradients(function)(batch, *tensors[1:])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+# --- the trainer -----------------------------------------------------------------------------------------------------
+
+
+def under_fake_tensors(step, images):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        step(torch.ones_like(images))
+
+
+SURROUNDINGS = {
+    "fake tensors": under_fake_tensors,
+    "make_fx": lambda step, images: make_fx(step)(images),
+    "make_fx with symbols": lambda step, images: make_fx(step, tracing_mode="symbolic")(images),
+    "jit.trace": lambda step, images: torch.jit.trace(step, images),
+    "vmap": lambda step, images: torch.func.vmap(lambda image: step(image[None]))(images),
+    "grad": lambda step, images: torch.func.grad(step)(images),
+}
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_the_trainer_says_where_it_cannot_be_followed(name):
+    trainer = lf.FusedTrainer(models.lenet1(), "adam", lr=0.01)
+    images, labels = torch.rand(3, 1, 28, 28), [torch.zeros(size, dtype=torch.int64) for size in range(4)]
+
+    def step(images):
+        return torch.tensor(trainer.step(images, labels[len(images)]))
+
+    with pytest.raises(RuntimeError, match="cannot follow the fused trainer"):
+        SURROUNDINGS[name](step, images)
+    assert not trainer.optimizer.state
+    step(images)

@@ -917,6 +917,12 @@ def bad_changes_between_steps():
     def count_of_another_dtype(model, trainer):
         trainer.optimizer.state[model.output.weight]["step"] = torch.zeros((), dtype=torch.float64)
 
+    def count_that_is_none(model, trainer):
+        trainer.optimizer.state[model.output.weight]["step"].fill_(math.nan)
+
+    def negative_count(model, trainer):
+        trainer.optimizer.state[model.output.weight]["step"].fill_(-1)
+
     def parameter_out_of_the_optimizer(model, trainer):
         trainer.optimizer.param_groups[0]["params"].pop()
 
