@@ -33,7 +33,7 @@ out=${OUT:-benchmarks/results}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 log=$out/gpu_run_$stage.log
-summary=$out/${stage}_$gpu.md
+summary=$out/${stage}_${gpu}.md
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 steps=$work/steps

@@ -93,7 +93,7 @@ class TrainConfig:
         for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
-                raise ValueError(f"{name}: expected an int of at least {least}, got {value!r}")
+                raise ValueError(f"{name}: expected an int of at least {least}, got {_shown(value)}")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"lr: expected a finite number above 0, got {self.lr!r}")
         if not 0 <= self.momentum < 1:
@@ -123,7 +123,13 @@ def _check_type(name: str, value: object, annotation: Any) -> None:
         kinds += (os.PathLike,)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         words = " or ".join("None" if kind is NoneType else kind.__name__ for kind in kinds)
-        raise ValueError(f"{name}: expected {words}, got {value!r:.100}")
+        raise ValueError(f"{name}: expected {words}, got {_shown(value)}")
+
+
+def _shown(value: object) -> str:
+    """In one short line, whatever it is."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _float(value: float) -> float:

@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import os
 import pickle
 
 import pytest
@@ -97,7 +98,7 @@ OPEN = {  # entries that may have become these
     ("config", "momentum"): [0.5],
     ("config", "reference"): [True],
     ("config", "engine"): [],
-    ("history",): [[]],  # of sgd without momentum, the engine has no state that contradicts
+    ("history",): [[]],  # it is the engine's state that contradicts
     ("history", 0, "learning_rate"): [0.5],
     ("history", 0, "loss"): [0.5],
     ("history", 0, "train_accuracy"): [0.5],
@@ -108,18 +109,26 @@ OPEN = {  # entries that may have become these
 }
 
 
-def test_whatever_an_entry_has_become_is_said(tmp_path, state):
+OPTIONAL = {("config", "engine"), ("history", 0)}  # versions without engines; as above
+
+
+def test_whatever_an_entry_has_become_is_said(tmp_path, state, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # two thousand times
     path = tmp_path / "checkpoint.pt"
     believed, unnamed, tried = [], [], 0
     del state["format"]
     save_checkpoint(path, state)
     believe(path)
     for place in places(state):
+        if any(isinstance(key, int) and key > 0 for key in place):
+            continue  # a parameter like the first
+        if state["config"]["optimizer"] == "sgd" and place[0] not in ("model", "engine"):
+            continue  # the rest is as with Adam
         for value in [(), *((edit,) for edit in edits(value_at(state, place)))]:
             what = f"{place} {value}"
             if value and any(same(value[0], right) for right in OPEN.get(place, [])):
                 continue
-            if place == ("config", "engine") and not value:  # versions without engines
+            if not value and place in OPTIONAL:
                 continue
             try:
                 save_checkpoint(path, edited(state, place, *value))
@@ -137,7 +146,7 @@ def test_whatever_an_entry_has_become_is_said(tmp_path, state):
                 believed.append(what)
     assert believed == []
     assert unnamed == []
-    assert tried > 500
+    assert tried > (200 if state["config"]["optimizer"] == "sgd" else 500)
 
 
 def value_at(state, place):
