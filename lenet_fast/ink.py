@@ -35,17 +35,17 @@ class Digit:
 def find_digit(rgb: np.ndarray) -> Digit | None:
     """The digit in a picture, uint8 (H, W, 3); None where nothing stands out from the paper.
 
-    The colour of most of the picture is the paper. Ink is what is darker (or lighter, if that is the stronger
-    contrast) than its surroundings and narrower than half the picture. Left out, and noted, are lines along the
-    border, lines across the picture, a box or ring with the digit in it, and marks that are small or far from the
-    largest one. Nothing is left out if nothing else is to be seen: a single stroke is a 1.
+    Ink is what is darker than the paper around it, or lighter, and narrower than half the picture: shadows and
+    gradients are paper. Left out, and noted, are lines along the border, lines from border to border, a box or ring
+    with the digit in it, and marks that are small or far from the largest one. Nothing is left out if nothing like a
+    digit remains: a stroke from border to border, alone, is a 1.
     """
     contrast = _contrast(rgb)
     mask = _mask(contrast)
     if mask is None:
         return None
     notes: list[str] = []
-    while found := next(filter(None, (find(contrast, mask) for find in (_frame, _ruling, _box))), None):
+    while found := _clutter(contrast, mask):
         pixels, note = found
         rest, smaller = _without(contrast, mask, pixels)
         if smaller is None:
@@ -66,6 +66,8 @@ def find_digit(rgb: np.ndarray) -> Digit | None:
 
 def _contrast(rgb: np.ndarray) -> np.ndarray:
     """By how many grey levels each pixel stands out from the paper around it, beyond noise: float32 (H, W)."""
+    if (rgb == rgb[..., :1]).all():
+        rgb = rgb[..., :1]  # grey, in a third of the time
     rgb = np.where(_is_light_on_dark(rgb), 255 - rgb, rgb)
     reach = max(1, int(_WIDEST_STROKE / 2 * max(rgb.shape)))
     contrast = (_closing(rgb, reach) - rgb).max(-1).astype(np.float32)
@@ -76,12 +78,13 @@ def _contrast(rgb: np.ndarray) -> np.ndarray:
 
 
 def _is_light_on_dark(rgb: np.ndarray) -> np.ndarray:
-    """Of each colour, bool (3,): whether what is narrow is lighter than what is around it, rather than darker."""
+    """Of each colour, bool (C,): whether what is narrow is lighter than what is around it, rather than darker."""
     step = -(-max(rgb.shape) // 200)
-    height, width = (max(1, side // step) for side in rgb.shape[:2])
-    small = rgb[: height * step, : width * step].reshape(height, step, width, step, 3).mean((1, 3)).astype(np.uint8)
+    whole = np.pad(rgb, ((0, -rgb.shape[0] % step), (0, -rgb.shape[1] % step), (0, 0)), mode="edge")
+    blocks = whole.reshape(whole.shape[0] // step, step, whole.shape[1] // step, step, -1)
+    small = blocks.mean((1, 3)).astype(np.uint8)
     clear = (small.max((0, 1)) - small.min((0, 1))) // 3  # beyond noise
-    balance = np.zeros(3)
+    balance = np.zeros(rgb.shape[2])
     for reach in sorted({max(1, max(small.shape) // share) for share in (200, 64, 32, 16, 8, 5)}):
         for sign, image in ((-1.0, small), (1.0, 255 - small)):
             stands_out = _closing(image, reach) - image
@@ -125,24 +128,21 @@ def _mask(contrast: np.ndarray) -> np.ndarray | None:
 # ---- What is no digit
 
 
-def _frame(contrast: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, str] | None:
-    """Lines along the border: a frame, a part of one, a scanner's edge."""
-    lines = [line for direction in lines_of(mask) for line in direction if line.at_border]
-    pixels = _foreign(contrast, mask, lines)
-    return None if pixels is None else (pixels, "the frame or edge along the border")
-
-
-def _ruling(contrast: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, str] | None:
-    """Lines from border to border: ruled or squared paper. A single stroke may run so, too; parallel ones do not."""
-    for direction in lines_of(mask):
+def _clutter(contrast: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, str] | None:
+    """Pixels that are no digit's, and what they are; None where no more are found."""
+    across, down = lines_of(mask)
+    lines = [line for line in across + down if line.at_border]
+    if (pixels := _foreign(contrast, mask, lines, across + down)) is not None:
+        return pixels, "the frame or edge along the border"
+    for direction in (across, down):
         lines = [line for line in direction if not line.at_border]
-        if (pixels := _foreign(contrast, mask, lines)) is not None:
+        if (pixels := _foreign(contrast, mask, lines, across + down)) is not None:
             return pixels, f"{_counted(len(lines), 'line')} across the picture"
-    return None
+    return _box(mask)
 
 
-def _foreign(contrast: np.ndarray, mask: np.ndarray, lines: list[Line]) -> np.ndarray | None:
-    """The pixels of these lines, where they are no strokes of the digit; what is left of it decides.
+def _foreign(contrast: np.ndarray, mask: np.ndarray, lines: list[Line], every: list[Line]) -> np.ndarray | None:
+    """The pixels of `lines`, where they are no strokes of the digit; what is left without `every` line decides.
 
     A stroke does not go on at both ends where the rest of the digit stops. A line that does, but is alone, as thick
     and as dark as the rest, may be a 1 beside something small.
@@ -150,8 +150,7 @@ def _foreign(contrast: np.ndarray, mask: np.ndarray, lines: list[Line]) -> np.nd
     if not lines:
         return None
     pixels = np.logical_or.reduce([line.pixels for line in lines])
-    every = np.logical_or.reduce([line.pixels for direction in lines_of(mask) for line in direction])
-    _, rest = _without(contrast, mask, every)
+    _, rest = _without(contrast, mask, np.logical_or.reduce([line.pixels for line in every]))
     if rest is None:
         return None
     digit = marks_of(rest)[0]
@@ -176,7 +175,7 @@ def _without(contrast: np.ndarray, mask: np.ndarray, pixels: np.ndarray) -> tupl
     return rest, smaller
 
 
-def _box(contrast: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, str] | None:
+def _box(mask: np.ndarray) -> tuple[np.ndarray, str] | None:
     """What surrounds the digit: closed, as a box or a ring, or straight along the sides of its bounding box."""
     marks = marks_of(mask)
     for outer in marks[:5]:

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 
 from lenet_fast import data, images, inference, models
 from lenet_fast.images import DrawnDigit, ImageError, read_digit
+from lenet_fast.ink import find_digit
 from lenet_fast.models import classify, criterion
 from lenet_fast.train import Run, TrainConfig
 
@@ -449,6 +450,15 @@ def test_what_cannot_be_read_is_refused_by_name(digits, tmp_path):
 def test_a_blank_picture_is_refused(tmp_path, picture):
     with pytest.raises(ImageError, match=r"blank\.png: no digit to be seen"):
         read(picture, tmp_path / "blank.png")
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 60), (60, 1), (2, 2), (3, 999), (999, 3), (8, 8), (200, 205)])
+def test_pictures_of_any_shape_and_content(shape):
+    """Noise, stripes, checkers, blots: an answer or none, never an exception."""
+    random, place = np.random.default_rng(0), np.indices(shape)
+    for ink in (random.random(shape) < 0.02, random.random(shape) < 0.5, place.sum(0) % 2 == 0, place[0] % 4 < 2):
+        digit = find_digit(np.where(ink, 0, 255).astype(np.uint8)[..., None].repeat(3, 2))
+        assert digit is None or (digit.ink.size and 0 < digit.ink.max() <= 1)
 
 
 def test_what_is_no_file_is_refused(tmp_path):
