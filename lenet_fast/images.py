@@ -40,7 +40,10 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class DrawnDigit:
-    """A picture's digit as MNIST has it, uint8 (28, 28), ink 255 on background 0, and the picture itself, small."""
+    """A picture's digit as MNIST has it, uint8 (28, 28), ink 255 on background 0, and the picture itself, small.
+
+    `left_out` says in words what else is in the picture.
+    """
 
     name: str
     pixels: Tensor
@@ -54,9 +57,10 @@ class DrawnDigit:
 def read_digit(path: str | Path) -> DrawnDigit:
     """Read the digit in a PNG or JPEG picture of any size and colours, dark on light or light on dark.
 
-    The colour of the border is the background, what differs most from it the ink. As LeCun et al. (1998), section
-    III.A, made MNIST: the ink's bounding box is scaled to fit 20x20, with anti-aliasing and its aspect ratio kept,
-    and the centre of mass brought to the centre of 28x28. Transparent parts count as background.
+    What else is in the picture (a frame, ruled lines, a box, specks, other marks) is left out, and noted: see
+    `lenet_fast.ink`. As LeCun et al. (1998), section III.A, made MNIST: the ink's bounding box is scaled to fit 20x20,
+    with anti-aliasing and its aspect ratio kept, and the centre of mass brought to the centre of 28x28. Transparent
+    parts count as background. Channels may have 1 to 16 bits.
 
     Raises:
         OSError: the file does not exist or cannot be opened.

@@ -1,6 +1,7 @@
 """Drawn digits: brought back to MNIST's form whatever they were drawn in, refused when unreadable; the answers."""
 
 import os
+import re
 import struct
 import sys
 import zlib
@@ -12,6 +13,7 @@ from PIL import Image, ImageDraw
 
 from lenet_fast import data, images, inference, models
 from lenet_fast.images import DrawnDigit, ImageError, read_digit
+from lenet_fast.ink import find_digit
 from lenet_fast.models import classify, criterion
 from lenet_fast.train import Run, TrainConfig
 
@@ -110,6 +112,10 @@ def sixteen_bit(digit):
     return Image.fromarray(np.asarray(coverage(digit, 150), np.uint16) * 257)
 
 
+def twelve_bits_of_sixteen(digit):
+    return Image.fromarray(np.asarray(coverage(digit, 150), np.uint16) * 16)
+
+
 def sideways_as_a_camera_stores_it(digit):
     picture = dark_on_light(digit).transpose(Image.Transpose.ROTATE_90)
     picture.getexif()[0x0112] = 6  # turn by 90 degrees clockwise to see it
@@ -118,6 +124,28 @@ def sideways_as_a_camera_stores_it(digit):
 
 def print_colours(digit):
     return dark_on_light(digit).convert("CMYK")
+
+
+def png_of(width, height, bits, colour, content, *more):
+    """A sound PNG: its header, further chunks, and compressed lines of pixels."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    chunks = ((b"IHDR", header), *more, (b"IDAT", zlib.compress(content)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks)
+
+
+def png_header(width, height):
+    """A sound PNG of that size, except that its pixels are missing."""
+    return png_of(width, height, 8, 2, b"")
+
+
+def png(values, colour, *more):
+    """A PNG of values (H, W, C), 16 bits each, which Pillow cannot write of colours."""
+    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    return png_of(values.shape[1], values.shape[0], 16, colour, lines, *more)
 
 
 RENDERINGS = [  # how, file type, grey levels of 255 that a pixel may be off on average (measured, and a third more)
@@ -137,6 +165,7 @@ RENDERINGS = [  # how, file type, grey levels of 255 that a pixel may be off on 
     (palette_with_transparency, "png", 9.0),
     (one_bit, "png", 9.5),
     (sixteen_bit, "png", 9.0),
+    (twelve_bits_of_sixteen, "png", 9.0),
     (sideways_as_a_camera_stores_it, "jpg", 9.0),
     (print_colours, "jpg", 9.0),
 ]
@@ -204,17 +233,183 @@ def test_large_pictures_are_read_too(digits, network, tmp_path):
     assert network(read(picture, tmp_path / "large.png")[None]) == network(digits[:1])
 
 
+@pytest.mark.parametrize("colour", [0, 2, 4, 6], ids=["grey", "colours", "grey-and-alpha", "colours-and-alpha"])
+@pytest.mark.parametrize("bits", [10, 12, 14, 16])
+@pytest.mark.parametrize("inverted", [False, True], ids=["light-on-dark", "dark-on-light"])
+def test_sixteen_bits_a_channel(digits, network, tmp_path, colour, bits, inverted):
+    """Whatever part of the 16 bits is in use; of colours Pillow reads 8 bits, 2 of them where 10 are in use."""
+    found = []
+    for digit in digits[:5]:
+        grey = np.asarray(coverage(digit, 100), np.int64)
+        values = (255 - grey if inverted else grey)[..., None] * (2**bits - 1) // 255
+        alpha = np.full_like(values, 2**bits - 1)
+        bands = [values] * (1 if colour in (0, 4) else 3) + [alpha] * (colour in (4, 6))
+        (tmp_path / "digit.png").write_bytes(png(np.dstack(bands), colour))
+        found.append(read_digit(tmp_path / "digit.png").pixels)
+    assert torch.equal(network(torch.stack(found)), network(digits[:5]))
+
+
+@pytest.mark.parametrize("colour", [0, 2], ids=["grey", "colours"])
+def test_a_transparent_colour_of_sixteen_bits(digits, network, tmp_path, colour):
+    """The value that counts as transparent, as PNG has it beside an alpha channel: here the background's."""
+    ink = np.asarray(coverage(digits[0], 100), np.int64) > 127
+    values = np.where(ink, 1000, 60000)[..., None].repeat(1 if colour == 0 else 3, 2)
+    transparent = np.full(values.shape[2], 60000, ">u2").tobytes()
+    (tmp_path / "digit.png").write_bytes(png(values, colour, (b"tRNS", transparent)))
+    assert network(read_digit(tmp_path / "digit.png").pixels[None]) == network(digits[:1])
+
+
+# --- What else is in a picture ----------------------------------------------------------------------
+
+
+def on_paper(digit, size=200, box=112, ink=30):
+    """Test digit as a pen draws it, float64 (size, size), 235 where nothing is."""
+    page, at = np.full((size, size), 235.0), (size - box) // 2
+    share = np.asarray(coverage(digit, box)) / 255
+    page[at : at + box, at : at + box] = 235 * (1 - share) + ink * share
+    return page
+
+
+def framed(page, width, grey=0, sides="tblr"):
+    page = page.copy()
+    for side, part in {"t": np.s_[:width], "b": np.s_[-width:], "l": np.s_[:, :width], "r": np.s_[:, -width:]}.items():
+        if side in sides:
+            page[part] = grey
+    return page
+
+
+def ruled(page, apart, grey=150, thick=1):
+    page = page.copy()
+    for row in range(apart // 2, len(page), apart):
+        page[row : row + thick] = np.minimum(page[row : row + thick], grey)
+    return page
+
+
+def turned(page, angle):
+    return np.asarray(Image.fromarray(page.astype(np.uint8)).rotate(angle, Image.Resampling.BICUBIC, fillcolor=235))
+
+
+def with_shape(page, shape, *arguments, **options):
+    picture = Image.fromarray(page.clip(0, 255).astype(np.uint8))
+    getattr(ImageDraw.Draw(picture), shape)(*arguments, **options)
+    return np.asarray(picture)
+
+
+def specked(page, count, size):
+    page = page.copy()
+    for row, column in np.random.default_rng(0).integers(2, len(page) - size - 2, (count, 2)):
+        page[row : row + size, column : column + size] = 60
+    return page
+
+
+def shadowed(page, factor, penumbra):
+    rows, columns = np.mgrid[: len(page), : len(page)] / len(page)
+    return page * (1 - (1 - factor) * ((columns + 0.3 * rows - 0.65) / penumbra + 0.5).clip(0, 1))
+
+
+def on_a_table(page, angle):
+    sheet, whole = (Image.fromarray(array.astype(np.uint8)) for array in (page, np.full_like(page, 255)))
+    table = Image.new("L", (300, 300), 60)
+    place = tuple((300 - side) // 2 for side in sheet.rotate(angle, expand=True).size)
+    table.paste(sheet.rotate(angle, expand=True), place, whole.rotate(angle, expand=True))
+    return np.asarray(table)
+
+
+EDGE, LINES, BOX, SPECKS = (
+    "edge along the border",
+    r"\d lines? across the picture",
+    "round the digit",
+    "specks? or marks?",
+)
+CLUTTER = {  # what is done to the page, and what must be said of it
+    "thin frame": (lambda digit: framed(on_paper(digit), 1), EDGE),
+    "frame": (lambda digit: framed(on_paper(digit), 10), EDGE),
+    "two sides of a frame": (lambda digit: framed(on_paper(digit), 3, sides="tl"), EDGE),
+    "frame that touches the digit": (lambda digit: framed(on_paper(digit, 110, 112 - 2), 9), EDGE),
+    "black frame round a pencil's digit": (lambda digit: framed(on_paper(digit, ink=190), 4), EDGE),
+    "scanner's edge": (lambda digit: framed(on_paper(digit), 9, 20, "l"), f"{EDGE}|{SPECKS}"),
+    "scanner's thick edge": (lambda digit: framed(on_paper(digit), 30, 20, "r"), f"{EDGE}|{SPECKS}"),
+    "ruled": (lambda digit: ruled(on_paper(digit), 36), LINES),
+    "ruled as dark as the digit": (lambda digit: ruled(on_paper(digit), 36, 30, 3), LINES),
+    "one line": (lambda digit: with_shape(on_paper(digit), "line", (0, 110, 199, 113), fill=120, width=2), LINES),
+    "squared": (lambda digit: ruled(ruled(on_paper(digit), 25).T, 25).T, LINES),
+    "ruled and scanned askew": (lambda digit: turned(framed(ruled(on_paper(digit), 36), 9, 20, "l"), 3), LINES),
+    "specks": (lambda digit: specked(on_paper(digit), 25, 3), SPECKS),
+    "many specks": (lambda digit: specked(on_paper(digit), 200, 1), None),
+    "blots": (lambda digit: specked(on_paper(digit), 5, 8), SPECKS),
+    "box": (lambda digit: with_shape(on_paper(digit), "rectangle", (24, 24, 175, 175), outline=40, width=3), BOX),
+    "tilted box": (
+        lambda digit: turned(with_shape(on_paper(digit), "rectangle", (24, 24, 175, 175), outline=40, width=3), 6),
+        BOX,
+    ),
+    "ring": (lambda digit: with_shape(on_paper(digit), "ellipse", (20, 20, 179, 179), outline=40, width=4), BOX),
+    "shadow": (lambda digit: shadowed(on_paper(digit), 0.5, 0.1), None),
+    "gradient": (lambda digit: shadowed(on_paper(digit), 0.5, 1.2), None),
+    "sheet on a table": (lambda digit: on_a_table(on_paper(digit), 4), BOX),
+    "text": (lambda digit: with_shape(on_paper(digit), "text", (5, 4), "Name: Miller", fill=30), SPECKS),
+    "nothing": (lambda digit: on_paper(digit), None),
+}
+
+
+@pytest.mark.parametrize(("kind", "inverted"), [("png", False), ("jpg", True)], ids=["png", "inverted-jpg"])
+@pytest.mark.parametrize("clutter", CLUTTER)
+def test_the_digit_is_told_from_what_else_is_in_the_picture(digits, network, tmp_path, clutter, kind, inverted):
+    change, said = CLUTTER[clutter]
+    found = []
+    for digit in digits[:6]:
+        page = change(digit).clip(0, 255).astype(np.uint8)
+        path = tmp_path / f"digit.{kind}"
+        Image.fromarray(255 - page if inverted else page).save(path)
+        found.append(read_digit(path))
+        if said:
+            assert re.search(said, ", ".join(found[-1].left_out))
+        elif clutter == "nothing":
+            assert found[-1].left_out == ()
+    right = network(torch.stack([digit.pixels for digit in found])) == network(digits[:6])
+    assert right.sum() >= 5
+
+
+def test_pieces_of_a_digit_stay(tmp_path):
+    """A 5 whose bar is apart, with and without ruled lines."""
+    picture = Image.new("L", (200, 200), 255)
+    draw = ImageDraw.Draw(picture)
+    draw.line([(80, 50), (80, 95), (110, 90), (130, 110), (125, 140), (75, 150)], fill=0, width=10, joint="curve")
+    alone = read(picture, tmp_path / "body.png")
+    draw.line([(94, 45), (135, 42)], fill=0, width=10)
+    picture.save(tmp_path / "five.png")
+    whole = read_digit(tmp_path / "five.png")
+    assert whole.left_out == ()
+    assert (whole.pixels.int() - alone.int()).abs().float().mean() > 5
+    page = Image.fromarray(ruled(np.asarray(picture, float), 40).astype(np.uint8))
+    page.save(tmp_path / "ruled.png")
+    assert (read_digit(tmp_path / "ruled.png").pixels.int() - whole.pixels.int()).abs().float().mean() < 6
+
+
+def test_a_line_alone_is_a_one(network, tmp_path):
+    picture = Image.new("L", (200, 200), 255)
+    ImageDraw.Draw(picture).line([(104, 0), (96, 199)], fill=0, width=14)
+    for kind in ("png", "jpg"):
+        assert network(read(picture, tmp_path / f"one.{kind}")[None]) == 1
+
+
+def test_two_digits_are_said(digits, tmp_path):
+    pages = [on_paper(digit)[:, 40:160] for digit in digits[:2]]
+    Image.fromarray(np.hstack(pages).astype(np.uint8)).save(tmp_path / "two.png")
+    assert read_digit(tmp_path / "two.png").left_out == ("1 mark as large as a digit beside it",)
+
+
+def test_digits_cropped_to_their_ink_are_read(digits, network, tmp_path):
+    """Where strokes run along the border, and there is little paper."""
+    found = []
+    for digit in digits:
+        rows, columns = (np.flatnonzero(digit.numpy().max(axis) > 50) for axis in (1, 0))
+        cropped = Image.fromarray(digit.numpy()[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
+        large = cropped.resize((8 * cropped.width, 8 * cropped.height), Image.Resampling.BICUBIC)
+        found.append(read(large.point(lambda value: 255 - value), tmp_path / "digit.png"))
+    assert (network(torch.stack(found)) != network(digits)).sum() <= 3  # of 30
+
+
 # --- Refusing ---------------------------------------------------------------------------------------
-
-
-def png_header(width, height):
-    """A sound PNG of that size, except that its pixels are missing."""
-
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def test_what_cannot_be_read_is_refused_by_name(digits, tmp_path):
@@ -255,6 +450,15 @@ def test_what_cannot_be_read_is_refused_by_name(digits, tmp_path):
 def test_a_blank_picture_is_refused(tmp_path, picture):
     with pytest.raises(ImageError, match=r"blank\.png: no digit to be seen"):
         read(picture, tmp_path / "blank.png")
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 60), (60, 1), (2, 2), (3, 999), (999, 3), (8, 8), (200, 205)])
+def test_pictures_of_any_shape_and_content(shape):
+    """Noise, stripes, checkers, blots: an answer or none, never an exception."""
+    random, place = np.random.default_rng(0), np.indices(shape)
+    for ink in (random.random(shape) < 0.02, random.random(shape) < 0.5, place.sum(0) % 2 == 0, place[0] % 4 < 2):
+        digit = find_digit(np.where(ink, 0, 255).astype(np.uint8)[..., None].repeat(3, 2))
+        assert digit is None or (digit.ink.size and 0 < digit.ink.max() <= 1)
 
 
 def test_what_is_no_file_is_refused(tmp_path):
