@@ -338,6 +338,10 @@ CLUTTER = {  # what is done to the page, and what must be said of it
     "many specks": (lambda digit: specked(on_paper(digit), 200, 1), None),
     "blots": (lambda digit: specked(on_paper(digit), 5, 8), SPECKS),
     "box": (lambda digit: with_shape(on_paper(digit), "rectangle", (24, 24, 175, 175), outline=40, width=3), BOX),
+    "box that touches the digit": (
+        lambda digit: with_shape(on_paper(digit), "rectangle", (60, 56, 140, 144), outline=40, width=3),
+        BOX,
+    ),
     "tilted box": (
         lambda digit: turned(with_shape(on_paper(digit), "rectangle", (24, 24, 175, 175), outline=40, width=3), 6),
         BOX,
