@@ -35,7 +35,7 @@ class Line:
 
     @property
     def along_a_side(self) -> bool:
-        return not 0.12 < self.place < 0.88
+        return not 0.2 < self.place < 0.8
 
 
 def lines_of(mask: np.ndarray) -> tuple[list[Line], list[Line]]:

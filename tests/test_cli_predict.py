@@ -10,11 +10,12 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from lenet_fast import cli, data, images, inference
+from lenet_fast import cli, data, figures, images, inference
 from lenet_fast.checkpoint import load_checkpoint, save_checkpoint
 from lenet_fast.inference import evaluate
 from lenet_fast.models import MODELS, criterion
 from lenet_fast.train import Run, TrainConfig
+from lenet_fast.train_display import print_result, print_summary
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +245,7 @@ def test_predict_reads_pictures_whatever_their_names(call, runs, few):
     assert Path("seen.png").exists()
 
 
-def test_run_folders_of_any_name(call, runs, few):
+def test_run_folders_of_any_name(call, runs, few, monkeypatch, capsys):
     draw(few, 0, "good.png")
     folder = os.fsdecode(b"run\n\x1b[31m\xe9")
     for command in (["eval", folder], ["predict", folder, "good.png"], ["figures", folder]):
@@ -252,10 +253,16 @@ def test_run_folders_of_any_name(call, runs, few):
         assert (code, out) == (1, "")
         assert err.count("\n") == 1
         assert r"run\n\x1b[31m\xe9" in err
+    monkeypatch.setattr(figures, "draw_all", lambda study, folder, images: [folder / "filters.png"])
     shutil.copytree(runs["lenet5"].folder, folder)
-    code, out, _ = call("figures", folder, "--images", "1")
-    assert code == 0
+    code, out, _ = call("figures", folder)
+    assert (code, out.splitlines()[1:]) == (0, [r"run\n\x1b[31m\xe9/figures/filters.png"])
+    run = Run.resume(folder, dataset=few)
+    print_summary(run)
+    print_result(run)
+    out = capsys.readouterr().out
     assert all(line.isprintable() for line in out.split("\n"))
+    assert out.count(r"  run\n\x1b[31m\xe9") == 3  # folder, curve, checkpoint
 
 
 def test_predict_saves_onto_files_only(call, runs, few, monkeypatch):

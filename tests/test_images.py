@@ -17,7 +17,7 @@ from lenet_fast.ink import find_digit
 from lenet_fast.models import classify, criterion
 from lenet_fast.train import Run, TrainConfig
 
-COUNT = 30
+COUNT = 15
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def test_a_drawn_mnist_digit_comes_back(digits, network, tmp_path, render, kind,
     error = (found.double() - digits.double()).abs().mean().item()
     print(f"{render.__name__}: {error:.2f}")
     assert error <= bound
-    assert (network(found) != network(digits)).sum() <= 1  # of 30
+    assert (network(found) != network(digits)).sum() <= 1  # of 15
 
 
 def test_place_and_inversion_and_scale_of_grey_do_not_matter(digits, tmp_path):
@@ -204,13 +204,13 @@ def test_a_photograph_of_paper_is_read(digits, network, tmp_path):
     random = np.random.default_rng(0)
     slope = np.linspace(0, 1, 500)
     found = []
-    for digit in digits[:30]:
+    for digit in digits:
         sheet = 200 - 40 * slope[:, None] - 20 * slope + random.normal(0, 5, (500, 500))
         top, left = random.integers(20, 150, 2)
         sheet[top : top + 300, left : left + 300] *= 1 - 0.7 / 255 * np.asarray(coverage(digit, 300), float)
         picture = Image.fromarray((sheet[..., None] * [1, 0.97, 0.9]).clip(0, 255).astype(np.uint8))
         found.append(read(picture, tmp_path / "photo.jpg"))
-    assert (network(torch.stack(found)) != network(digits[:30])).sum() <= 1
+    assert (network(torch.stack(found)) != network(digits)).sum() <= 1
 
 
 @pytest.mark.parametrize("pen", [1, 2, 12])
@@ -338,6 +338,10 @@ CLUTTER = {  # what is done to the page, and what must be said of it
     "many specks": (lambda digit: specked(on_paper(digit), 200, 1), None),
     "blots": (lambda digit: specked(on_paper(digit), 5, 8), SPECKS),
     "box": (lambda digit: with_shape(on_paper(digit), "rectangle", (24, 24, 175, 175), outline=40, width=3), BOX),
+    "box that touches the digit": (
+        lambda digit: with_shape(on_paper(digit), "rectangle", (60, 56, 140, 144), outline=40, width=3),
+        BOX,
+    ),
     "tilted box": (
         lambda digit: turned(with_shape(on_paper(digit), "rectangle", (24, 24, 175, 175), outline=40, width=3), 6),
         BOX,
@@ -406,7 +410,7 @@ def test_digits_cropped_to_their_ink_are_read(digits, network, tmp_path):
         cropped = Image.fromarray(digit.numpy()[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
         large = cropped.resize((8 * cropped.width, 8 * cropped.height), Image.Resampling.BICUBIC)
         found.append(read(large.point(lambda value: 255 - value), tmp_path / "digit.png"))
-    assert (network(torch.stack(found)) != network(digits)).sum() <= 3  # of 30
+    assert (network(torch.stack(found)) != network(digits)).sum() <= 1  # of 15
 
 
 # --- Refusing ---------------------------------------------------------------------------------------
