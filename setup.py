@@ -1,8 +1,9 @@
 """Builds the native libraries: `_C` (CPU operators) always, `_C_cuda` where nvcc and a CUDA build of PyTorch are.
 
 LENET_FAST_CUDA=0|1|auto|only (default auto): `_C_cuda` never; always, also for a PyTorch without CUDA (fails loudly
-without nvcc); where it can be used (says why not); nothing else. TORCH_CUDA_ARCH_LIST: the GPUs to build for. No GPU is
-needed to build. LENET_FAST_WERROR=1 (CI): warnings are errors; elsewhere a newer compiler may have new ones.
+without nvcc); where it can be used (says why not); nothing else. TORCH_CUDA_ARCH_LIST: the GPUs to build for, else all
+of scripts/cuda_toolkit.py that nvcc knows. No GPU is needed to build. LENET_FAST_WERROR=1 (CI): warnings are errors, of
+g++ and nvcc; elsewhere a newer compiler may have new ones.
 """
 
 import os
@@ -54,10 +55,12 @@ def wants_cuda() -> bool:
 class Build(BuildExtension):
     """Compiles the .cu files of _C_cuda with nvcc itself: they know nothing of PyTorch, which may be a CPU build."""
 
+    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)  # files, and architectures of a file, at a time
+
     def build_extension(self, extension: CppExtension) -> None:
         if extension.name == "lenet_fast._C_cuda":
             kernels = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
-            with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+            with ThreadPoolExecutor(self.jobs) as pool:
                 extension.extra_objects = [*pool.map(self.compile_kernels, kernels), *extension.extra_objects]
         super().build_extension(extension)
 
@@ -66,7 +69,7 @@ class Build(BuildExtension):
         newest = max(path.stat().st_mtime for folder in ("csrc", "csrc/cuda") for path in Path(folder).glob("*.*"))
         if not target.exists() or target.stat().st_mtime < newest or self.force:
             target.parent.mkdir(parents=True, exist_ok=True)
-            flags = [*cuda_toolkit.NVCC_FLAGS, *cuda_toolkit.architecture_flags()]
+            flags = [*cuda_toolkit.NVCC_FLAGS, *cuda_toolkit.architecture_flags(), f"--threads={self.jobs}"]
             host_flags = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
             command = [str(cuda_toolkit.find_nvcc()), *flags, *host_flags, "-c", source, "-o", str(target)]
             if subprocess.run(command).returncode != 0:
@@ -81,7 +84,7 @@ def csrc(sources: list[str]) -> list[str]:
 def cuda_extension() -> CppExtension:
     return CppExtension(
         "lenet_fast._C_cuda",
-        csrc(["bind_cuda.cpp", "bind_training_cuda.cpp"]),
+        csrc(["bind_cuda.cpp", "bind_training_cuda.cpp", "bind_served_cuda.cpp"]),
         include_dirs=[str(cuda_toolkit.toolkit_root() / "include")],
         extra_compile_args={"cxx": [*CXX_FLAGS, STABLE_ABI_FLAG, "-DUSE_CUDA"]},
         extra_objects=[str(cuda_toolkit.find_cudart_static())],

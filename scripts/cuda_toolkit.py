@@ -8,8 +8,10 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-Werror", "all-warnings"]
-DEFAULT_ARCHITECTURES = "8.0;9.0+PTX"
+NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo"]
+NVCC_FLAGS += ["-Werror", "all-warnings"] if os.environ.get("LENET_FAST_WERROR") == "1" else []
+# Turing, Ampere (whose code Ada and the 8.6 GPUs run), Hopper, Blackwell in data centres, Blackwell elsewhere.
+ARCHITECTURES = ("7.5", "8.0", "9.0", "10.0", "12.0")
 
 
 @cache
@@ -56,8 +58,17 @@ def why_unavailable() -> str | None:
 
 
 def architectures() -> str:
-    """Those of TORCH_CUDA_ARCH_LIST, else Ampere, Hopper and, through PTX, whatever is newer."""
-    return os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES
+    """Those of TORCH_CUDA_ARCH_LIST, else of ARCHITECTURES what nvcc knows and, through PTX, whatever is newer."""
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or _default_architectures()
+
+
+@cache
+def _default_architectures() -> str:
+    listed = subprocess.run([str(find_nvcc()), "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    known = [entry for entry in ARCHITECTURES if f"sm_{entry.replace('.', '')}" in listed.split()]
+    if not known:
+        raise SystemExit(f"{find_nvcc()} compiles for none of {', '.join(ARCHITECTURES)}: set TORCH_CUDA_ARCH_LIST")
+    return f"{';'.join(known)}+PTX"
 
 
 def architecture_flags() -> list[str]:

@@ -78,9 +78,19 @@ struct WholeImageBackward {
   bool vectorised;
 };
 
+// How many blocks of the kernel the compiler makes room for. Its code for Blackwell takes a few registers more: with
+// the input gradient it would spill, and has room for one block less.
 template <typename A>
-__global__ void __launch_bounds__(A::threads, A::blocks_per_multiprocessor)
-    whole_image_backward(const __grid_constant__ A a) {
+constexpr int resident_blocks() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  return A::blocks_per_multiprocessor - (A::in_maps > 1 ? 1 : 0);
+#else
+  return A::blocks_per_multiprocessor;
+#endif
+}
+
+template <typename A>
+__global__ void __launch_bounds__(A::threads, resident_blocks<A>()) whole_image_backward(const __grid_constant__ A a) {
   using S = typename A::Storage;
   using T = typename A::T;
   using Layer = typename A::Layer;
