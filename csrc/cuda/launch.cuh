@@ -30,10 +30,10 @@ inline constexpr size_t kDefaultSharedBytes = 48 * 1024;
 
 // The one way a kernel is launched. Grids are cut to their limits: kernels stride over their work.
 template <typename Argument>
-void launch(void (*kernel)(Argument), const char* name, int64_t blocks, int threads, size_t shared_bytes,
-            cudaStream_t stream, const Argument& argument, int64_t blocks_y = 1, bool cooperative = false) {
+cudaError_t try_launch(void (*kernel)(Argument), const char* name, int64_t blocks, int threads, size_t shared_bytes,
+                       cudaStream_t stream, const Argument& argument, int64_t blocks_y, bool cooperative) {
   if (blocks == 0 || blocks_y == 0) {
-    return;
+    return cudaSuccess;
   }
   if (shared_bytes > kDefaultSharedBytes) {
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -53,7 +53,27 @@ void launch(void (*kernel)(Argument), const char* name, int64_t blocks, int thre
     config.attrs = &attribute;
     config.numAttrs = 1;
   }
-  check(cudaLaunchKernelEx(&config, kernel, argument), name);
+  return cudaLaunchKernelEx(&config, kernel, argument);
+}
+
+template <typename Argument>
+void launch(void (*kernel)(Argument), const char* name, int64_t blocks, int threads, size_t shared_bytes,
+            cudaStream_t stream, const Argument& argument, int64_t blocks_y = 1) {
+  check(try_launch(kernel, name, blocks, threads, shared_bytes, stream, argument, blocks_y, false), name);
+}
+
+// Returns false where the device cannot hold all blocks at once: fewer multiprocessors may be usable than its attribute
+// says (green contexts, partitions of MPS). Then nothing was launched, and no error is left behind.
+template <typename Argument>
+bool launch_cooperative(void (*kernel)(Argument), const char* name, int64_t blocks, int threads, size_t shared_bytes,
+                        cudaStream_t stream, const Argument& argument) {
+  const cudaError_t error = try_launch(kernel, name, blocks, threads, shared_bytes, stream, argument, 1, true);
+  if (error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorNotSupported) {
+    cudaGetLastError();
+    return false;
+  }
+  check(error, name);
+  return true;
 }
 
 }  // namespace lenet_fast::cuda

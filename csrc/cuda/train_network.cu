@@ -1,6 +1,6 @@
 // Whole training steps. One cooperative launch takes all of them: two grid-wide barriers a step, after the images'
-// phase and after the update. Where there is no cooperative launch, each phase is a launch of its own, in a graph of
-// several steps.
+// phase and after the update. Where there is no cooperative launch, or none as large as the device, each phase is a
+// launch of its own, in a graph of several steps.
 //
 // Designed for one block of 16 warps a multiprocessor: at most 128 registers a thread; LeNet-5 takes 95 KB of shared
 // memory a block.
@@ -316,9 +316,11 @@ template <int K>
 void launch_steps(NetworkPlan n, cudaStream_t stream) {
   launch(&clear_results, "clear_results", 4, 256, 0, stream,
          Results{n.losses, n.correct, n.stopped, n.images_step, n.steps});
-  if (may_cooperate()) {
-    launch(&train_steps<K>, "train_steps", multiprocessors(), kNetworkThreads, shared_bytes(n), stream, n, 1, true);
-  } else {
+  const auto launch_all = [&] {
+    return launch_cooperative(&train_steps<K>, "train_steps", multiprocessors(), kNetworkThreads, shared_bytes(n),
+                              stream, n);
+  };
+  if (!may_cooperate() || !launch_all()) {
     n.steps = n.watch != nullptr ? std::min(n.steps, kQueuedSteps) : n.steps;
     launch_phases<K>(n, stream);
   }

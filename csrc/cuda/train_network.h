@@ -31,7 +31,7 @@ struct TrainingRun {
 // Why the kernels cannot take this network; null when they can.
 const char* why_unsupported(const NetworkGeometry& geometry);
 size_t workspace_bytes(const TrainingRun& run);
-// Queues the steps on `stream`, in one launch where the device has cooperative ones.
+// Queues the steps on `stream`, in one launch where the device takes a cooperative one of that size.
 void train(const TrainingRun& run, void* workspace, cudaStream_t stream);
 
 }  // namespace lenet_fast::cuda
