@@ -114,8 +114,10 @@ def main(
     batches = command.batches(BATCHES[device] if batch is None else batch)
     if csv is not None and not csv.parent.is_dir():
         raise typer.BadParameter(f"--csv: no such folder: {csv.parent}")
-    if (reason := backends.why_unavailable("native", device)) is not None:
+    if (reason := backends.why_untrained(device)) is not None:
         raise SystemExit(f"bench_train: there is nothing of ours to time: {reason}")
+    if (reason := backends.why_unavailable("native", device)) is not None:
+        print(f"bench_train: {ours} takes CUDA graphs of the operators: {reason}", file=sys.stderr)
     if device == "cpu":
         _keep_to(threads)
         torch._inductor.config.compile_threads = 1  # no workers that are forked from JAX's threads and stay

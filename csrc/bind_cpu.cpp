@@ -298,7 +298,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lenet_fast, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lenet_fast, CPU, library) {
-  FusedConvolutions<Backend>::implement(library);
+  FusedConvolutions<Backend>::for_each([&]<auto kernel>(const char* name) { library.impl(name, TORCH_BOX(kernel)); });
   library.impl("_conv_recording", TORCH_BOX(&conv_recording));
   library.impl("_conv_recorded_backward", TORCH_BOX(&conv_recorded_backward));
 }

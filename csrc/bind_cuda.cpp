@@ -2,6 +2,7 @@
 #include "cuda/kernels.h"
 #include "current_stream.h"
 #include "fused_convolutions.h"
+#include "served_device.h"
 
 namespace lenet_fast::cuda {
 namespace {
@@ -91,7 +92,10 @@ struct Backend {
 };
 
 STABLE_TORCH_LIBRARY_IMPL(LENET_FAST_LIBRARY, LENET_FAST_DISPATCH_KEY, library) {
-  FusedConvolutions<Backend>::implement(library);
+  FusedConvolutions<Backend>::for_each([&]<auto kernel>(const char* name) {
+    ServedOrFallback<kernel>::name = name;
+    library.impl(name, &ServedOrFallback<kernel>::boxed);
+  });
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include "cuda/train_network.h"
 #include "current_stream.h"
+#include "served_device.h"
 #include "training_operands.h"
 
 namespace lenet_fast::cuda {
@@ -23,8 +24,10 @@ struct Backend {
   static std::tuple<Tensor, Tensor> train(const NetworkOperand& operand, const TrainingArguments& arguments) {
     const Tensor& like = arguments.parameters[0];
     const CurrentStream stream(like);
-    const char* const reason = like.scalar_type() != ScalarType::Float ? "parameters that are not of dtype float32"
-                                                                       : why_unsupported(operand.geometry());
+    const std::string unserved = why_unserved(like.get_device_index());
+    const char* const reason = !unserved.empty()                         ? unserved.c_str()
+                               : like.scalar_type() != ScalarType::Float ? "parameters that are not of dtype float32"
+                                                                         : why_unsupported(operand.geometry());
     if (reason != nullptr) {
       fail("network: cannot be trained by the CUDA kernels: ", reason);
     }

@@ -23,25 +23,35 @@ __attribute__((weak)) AOTITorchError aoti_torch_delete_cuda_guard(CUDAGuardHandl
 
 namespace lenet_fast::cuda {
 
-class CurrentStream {
+// Makes a device the current one.
+class DeviceGuard {
  public:
-  explicit CurrentStream(const torch::stable::Tensor& tensor) {
+  explicit DeviceGuard(int32_t device) {
     if (aoti_torch_create_cuda_guard == nullptr) {
       throw std::runtime_error("lenet_fast: CUDA: libtorch_cuda was not found when the kernels were loaded");
     }
-    TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(tensor.get_device_index(), &guard_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(device, &guard_));
+  }
+  ~DeviceGuard() { aoti_torch_delete_cuda_guard(guard_); }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  CUDAGuardHandle guard_ = nullptr;
+};
+
+class CurrentStream {
+ public:
+  explicit CurrentStream(const torch::stable::Tensor& tensor) : guard_(tensor.get_device_index()) {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
-  ~CurrentStream() { aoti_torch_delete_cuda_guard(guard_); }
-  CurrentStream(const CurrentStream&) = delete;
-  CurrentStream& operator=(const CurrentStream&) = delete;
 
   operator cudaStream_t() const { return stream_; }
 
  private:
-  CUDAGuardHandle guard_ = nullptr;
+  DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
 };
 

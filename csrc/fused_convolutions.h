@@ -197,13 +197,14 @@ struct FusedConvolutions {
                          });
   }
 
-  static void implement(auto& library) {
-    library.impl("conv_act_pool", TORCH_BOX(&conv_act_pool));
-    library.impl("conv_act_pool_backward", TORCH_BOX(&conv_act_pool_backward));
-    library.impl("sparse_conv_act_pool", TORCH_BOX(&sparse_conv_act_pool));
-    library.impl("sparse_conv_act_pool_backward", TORCH_BOX(&sparse_conv_act_pool_backward));
-    library.impl("conv_subsample", TORCH_BOX(&conv_subsample));
-    library.impl("conv_subsample_backward", TORCH_BOX(&conv_subsample_backward));
+  // Calls f<operator>(name) for every operator.
+  static void for_each(auto&& f) {
+    f.template operator()<&conv_act_pool>("conv_act_pool");
+    f.template operator()<&conv_act_pool_backward>("conv_act_pool_backward");
+    f.template operator()<&sparse_conv_act_pool>("sparse_conv_act_pool");
+    f.template operator()<&sparse_conv_act_pool_backward>("sparse_conv_act_pool_backward");
+    f.template operator()<&conv_subsample>("conv_subsample");
+    f.template operator()<&conv_subsample_backward>("conv_subsample_backward");
   }
 };
 

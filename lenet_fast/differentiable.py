@@ -142,17 +142,26 @@ class DifferentiableOperator:
         # Dynamo must not trace into a kernel that a compiled graph calls.
         library.impl(name, _disable_dynamo(run_autograd), "Autograd")
         torch.library.register_fake(f"{_NAMESPACE}::{name}", run_fake, lib=library)
-        self._implement(name, is_backward=bool(direction))
+        self._implement(name, schema, is_backward=bool(direction))
 
-    def _implement(self, name: str, *, is_backward: bool) -> None:
-        """Register what runs where no compiled library has kernels."""
-        fallback = self._gradients if is_backward else self.definition
+    def _implement(self, name: str, schema: str, *, is_backward: bool) -> None:
+        """Register what runs where no compiled library has kernels.
 
-        def run_fallback(first: Tensor, *args: Any) -> Any:
-            backends.warn_fallback(first.device.type)
-            return fallback(first, *args)
+        Under the operator's own name where none was loaded, and as `_<name>_fallback` for a library whose kernels
+        cannot run on the device at hand (csrc/served_device.h).
+        """
 
-        library.impl(name, _disable_dynamo(run_fallback), "CompositeExplicitAutograd")
+        def run_fallback(*args: Any) -> Any:
+            if backends.fall_back(args[0].device) == "triton":
+                return (self.run_triton_backward if is_backward else self.run_triton)(*args)
+            # Contiguous as `fake` says, and as the kernels': PyTorch's convolutions keep the input's memory format.
+            if is_backward:
+                return tuple(grad.contiguous() for grad in self._gradients(*args))
+            return self.definition(*args).contiguous()
+
+        library.define(f"_{name}_fallback{schema}")
+        for each in (name, f"_{name}_fallback"):
+            library.impl(each, _disable_dynamo(run_fallback), "CompositeExplicitAutograd")
 
     def run_triton(self, *args: Any) -> Tensor:
         """On the Triton kernels."""
@@ -170,16 +179,6 @@ class DifferentiableOperator:
             return getattr(triton_dense, f"{self.kernel}_backward")(grad_output, *args)
         tensors, options, needs = self._split(args)
         return triton_conv.Convolution(*self.general(*tensors, *options)).backward(grad_output, needs)
-
-    def run_triton_on_cuda(self) -> None:
-        """Register the Triton kernels as the operator's on CUDA."""
-        for name, kernel in ((self.name, self.run_triton), (f"{self.name}_backward", self.run_triton_backward)):
-
-            def run(first: Tensor, *args: Any, kernel: Callable[..., Any] = kernel) -> Any:
-                backends.warn_fallback(first.device.type)
-                return kernel(first, *args)
-
-            library.impl(name, _disable_dynamo(run), "CUDA")
 
     # --- autograd ----------------------------------------------------------------------------------------------------
 
@@ -326,7 +325,7 @@ class TritonOperator(DifferentiableOperator):
     suffix = "_triton"
     can_record = False
 
-    def _implement(self, name: str, *, is_backward: bool) -> None:
+    def _implement(self, name: str, schema: str, *, is_backward: bool) -> None:
         def run(*args: Any) -> Any:  # no bound method: _disable_dynamo sets an attribute of it
             return (self.run_triton_backward if is_backward else self.run_triton)(*args)
 

@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+from collections.abc import Callable
 from importlib import import_module, metadata, util
 
 import torch
@@ -22,11 +23,20 @@ def facts() -> dict[str, str]:
         "PyTorch": f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}",
         "threads": str(torch.get_num_threads()),
         "waiting threads": _wait_policy(),
-        **{f"kernels on {device}": backends.serving(device) for device in ("cpu", "cuda")},
-        **{f"training on {device}": backends.training(device) for device in ("cpu", "cuda")},
+        **_of_devices("kernels", backends.serving),
+        **_of_devices("training", backends.training),
         **_build_facts(),
         **{name: _package_version(name) for name in _OPTIONAL_PACKAGES},
     }
+
+
+def _of_devices(what: str, describe: Callable[[str], str]) -> dict[str, str]:
+    """Of the CPU and of CUDA; of each GPU where they differ."""
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cuda"]
+    answers = {gpu: describe(gpu) for gpu in gpus}
+    if len(set(answers.values())) == 1:
+        answers = {"cuda": answers[gpus[0]]}
+    return {f"{what} on {device}": answer for device, answer in {"cpu": describe("cpu"), **answers}.items()}
 
 
 def report() -> str:

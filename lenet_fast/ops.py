@@ -1,7 +1,8 @@
 """The operators' one declaration: torch.ops.lenet_fast.*, and what their outputs' shapes are.
 
-`torch.ops.lenet_fast.<name>` runs the best kernels of the tensors' device: compiled ones where their library is there,
-else Triton's on CUDA, else the plain definition. `<name>_triton` is the same operator on the Triton kernels alone.
+`torch.ops.lenet_fast.<name>` runs the best kernels of the tensors' device: compiled ones where their library is there
+and can run on that device, else Triton's on CUDA, else the plain definition. `<name>_triton` is the same operator on
+the Triton kernels alone.
 """
 
 from collections.abc import Sequence
@@ -112,7 +113,4 @@ for _schema in (
     library.define(_schema)
     library.impl(_schema.partition("(")[0], torch.library.fallthrough_kernel, "Autograd")
 
-# Loads the compiled kernels, which register themselves on the operators declared above.
-if backends.missing_native()["cuda"] is not None and backends.why_unavailable("triton", "cuda") is None:
-    for _operator in dispatched.values():
-        _operator.run_triton_on_cuda()
+backends.missing_native()  # loads the compiled kernels, which register themselves on the operators declared above

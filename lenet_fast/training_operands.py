@@ -82,7 +82,7 @@ class TrainingOperands:
     def _try_on_nothing(self, image: tuple[int, int, int]) -> str | None:
         """What the native steps say of the network when they are given no images."""
         numbers = self.numbers(image)
-        if (missing := backends.why_unavailable("native", self.parameter.device.type)) is not None:
+        if (missing := backends.why_unavailable("native", self.parameter.device)) is not None:
             return missing
         images = self.parameter.new_empty((0, *image))
         data = images, images.new_empty(0, dtype=torch.int64), None, 1, 0.0, 0.0, "sgd", [0.0] * 6, [], 0.0
@@ -156,7 +156,7 @@ class TrainingOperands:
         for name, parameter in zip(self.names, self.parameters, strict=True):
             if parameter.dtype not in (torch.float32, torch.float64) or parameter.dtype != dtype:
                 raise NetworkError(f"{name}: expected float32 or float64, one for all, got {parameter.dtype}")
-            if (reason := backends.why_untrained(parameter.device.type)) is not None:
+            if (reason := backends.why_untrained(parameter.device)) is not None:
                 raise NetworkError(f"{name}: on {parameter.device}, where the fused trainer cannot run: {reason}")
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
                 raise NetworkError(f"{name}: has gradient hooks, which the fused trainer would not call")

@@ -17,11 +17,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 SEEN = """
-import sys, torch, lenet_fast
+import ctypes, sys, torch, lenet_fast
 torch.ops.load_library(sys.argv[1])
 layers = ("conv_act_pool", "sparse_conv_act_pool", "conv_subsample")
 for operator in (*layers, *(f"{layer}_backward" for layer in layers), "network_train"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lenet_fast::{operator}", "CUDA"), operator
+ctypes.CDLL(sys.argv[1]).lenet_fast_why_unserved  # what backends.py asks
 print("all registered")
 """
 
@@ -31,7 +32,8 @@ def library(tmp_path_factory):
     folder = tmp_path_factory.mktemp("build")
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(folder)]
     command += ["--build-temp", "build/test_cuda"]  # kept: a second run compiles nothing
-    environment = os.environ | {"LENET_FAST_CUDA": "only", "TORCH_CUDA_ARCH_LIST": "9.0"}
+    # For the oldest GPUs, whose code tests/test_cuda_compile.py compiles in part only.
+    environment = os.environ | {"LENET_FAST_CUDA": "only", "TORCH_CUDA_ARCH_LIST": "7.5"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     (built,) = folder.glob("lenet_fast/_C_cuda*.so")

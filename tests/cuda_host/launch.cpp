@@ -10,6 +10,7 @@
 #include <fstream>
 #include <mutex>
 #include <string>
+#include <string_view>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -89,7 +90,29 @@ int from_environment(const char* name, int otherwise) {
 
 int multiprocessors() { return std::max(1, from_environment("CUDA_HOST_MULTIPROCESSORS", 2)); }
 
+int driver() { return from_environment("CUDA_HOST_DRIVER", CUDART_VERSION); }
+
+int capability() { return from_environment("CUDA_HOST_CAPABILITY", __CUDA_ARCH_LIST__ / 10); }
+
+// What every call of the runtime reports first.
+cudaError_t initialise() { return driver() < CUDART_VERSION ? cudaErrorInsufficientDriver : cudaSuccess; }
+
+cudaError_t check_cooperative(const Launch& launch) {
+  const char* const has = std::getenv("CUDA_HOST_COOPERATIVE");
+  if (has != nullptr && std::string_view(has) != "1") {
+    return cudaErrorNotSupported;
+  }
+  int resident;
+  blocks_per_multiprocessor(&resident, static_cast<int>(volume(launch.block)), launch.shared_bytes);
+  const auto usable = static_cast<size_t>(from_environment("CUDA_HOST_USABLE_MULTIPROCESSORS", multiprocessors()));
+  return volume(launch.grid) > static_cast<size_t>(resident) * usable ? cudaErrorCooperativeLaunchTooLarge
+                                                                      : cudaSuccess;
+}
+
 cudaError_t check(const Launch& launch) {
+  if (const cudaError_t error = load_kernel(); error != cudaSuccess) {
+    return error;
+  }
   const dim3 grid = launch.grid, block = launch.block;
   if (volume(grid) == 0 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535 || volume(block) == 0 ||
       volume(block) > 1024 || block.z > 64) {
@@ -99,12 +122,7 @@ cudaError_t check(const Launch& launch) {
   if (launch.shared_bytes > (raised != shared_limits.end() ? raised->second : shared_default_limit)) {
     return cudaErrorInvalidValue;
   }
-  int resident;
-  blocks_per_multiprocessor(&resident, static_cast<int>(volume(block)), launch.shared_bytes);
-  if (launch.cooperative && volume(grid) > static_cast<size_t>(resident) * static_cast<size_t>(multiprocessors())) {
-    return cudaErrorCooperativeLaunchTooLarge;
-  }
-  return cudaSuccess;
+  return launch.cooperative ? check_cooperative(launch) : cudaSuccess;
 }
 
 }  // namespace
@@ -156,6 +174,17 @@ void log(size_t threads, size_t shared_bytes, const std::string& what) {
 
 cudaError_t remember(cudaError_t error) { return error == cudaSuccess ? error : last_error = error; }
 
+cudaError_t load_kernel() {
+  if (const cudaError_t error = initialise(); error != cudaSuccess) {
+    return remember(error);
+  }
+  if (const int error = from_environment("CUDA_HOST_LOAD_ERROR", 0)) {
+    return remember(static_cast<cudaError_t>(error));
+  }
+  const bool has_code = capability() / 10 == __CUDA_ARCH_LIST__ / 100 && capability() >= __CUDA_ARCH_LIST__ / 10;
+  return has_code ? cudaSuccess : remember(cudaErrorNoKernelImageForDevice);
+}
+
 cudaError_t blocks_per_multiprocessor(int* blocks, int threads, size_t shared_bytes) {
   *blocks = static_cast<int>(std::min({threads_per_multiprocessor / static_cast<size_t>(threads), size_t{32},
                                        shared_per_multiprocessor / (shared_bytes + shared_reserved)}));
@@ -176,6 +205,26 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "invalid configuration argument";
     case cudaErrorInvalidDevice:
       return "invalid device ordinal";
+    case cudaErrorInsufficientDriver:
+      return "CUDA driver version is insufficient for CUDA runtime version";
+    case cudaErrorInvalidDeviceFunction:
+      return "invalid device function";
+    case cudaErrorNoKernelImageForDevice:
+      return "no kernel image is available for execution on the device";
+    case cudaErrorInvalidPtx:
+      return "a PTX JIT compilation failed";
+    case cudaErrorJitCompilerNotFound:
+      return "PTX JIT compiler library not found";
+    case cudaErrorUnsupportedPtxVersion:
+      return "the provided PTX was compiled with an unsupported toolchain.";
+    case cudaErrorJitCompilationDisabled:
+      return "PTX JIT compilation was disabled";
+    case cudaErrorNotSupported:
+      return "operation not supported";
+    case cudaErrorSystemDriverMismatch:
+      return "system has unsupported display driver / cuda driver combination";
+    case cudaErrorCompatNotSupportedOnDevice:
+      return "forward compatibility was attempted on non supported HW";
     case cudaErrorLaunchFailure:
       return last_failure.c_str();
     case cudaErrorCooperativeLaunchTooLarge:
@@ -189,9 +238,17 @@ const char* cudaGetErrorString(cudaError_t error) {
 cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
 cudaError_t cudaPeekAtLastError() { return last_error; }
 
+// Not CUDA's: for tests, whether an error was left behind for a later call.
+extern "C" __attribute__((visibility("default"))) int cuda_host_last_error() { return last_error; }
+
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = driver();
+  return cudaSuccess;
+}
+
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;
-  return cudaSuccess;
+  return remember(initialise());
 }
 
 cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : remember(cudaErrorInvalidDevice); }
@@ -202,17 +259,19 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
       *value = multiprocessors();
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMajor:
-      *value = 9;
+      *value = capability() / 10;
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor:
-      *value = 0;
+      *value = capability() % 10;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
       *value = shared_per_multiprocessor;
       return cudaSuccess;
-    case cudaDevAttrCooperativeLaunch:
-      *value = from_environment("CUDA_HOST_COOPERATIVE", 1);
+    case cudaDevAttrCooperativeLaunch: {
+      const char* const has = std::getenv("CUDA_HOST_COOPERATIVE");
+      *value = has == nullptr || std::string_view(has) != "0";
       return cudaSuccess;
+    }
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = shared_limit;
       return cudaSuccess;

@@ -1,7 +1,9 @@
 """Whole training steps of the CUDA kernels on the CPU, against the CPU's own. Run by test_cuda_host.py."""
 
 import copy
+import ctypes
 import math
+import os
 import threading
 
 import pretend_cuda
@@ -10,6 +12,7 @@ import torch
 from random_networks import random_data, random_network
 from torch import nn
 
+from cuda_host import redirect
 from lenet_fast import models, training_operands, watch
 from lenet_fast.nn import ConvActPool2d, SparseConvActPool2d
 from lenet_fast.trainer import FusedTrainer, TrainingError
@@ -79,8 +82,8 @@ def test_models(monkeypatch, name, settings):
 
 
 @pytest.mark.parametrize("name", models.MODELS)
-def test_models_fit_every_gpu_that_the_kernels_are_compiled_for(monkeypatch, tmp_path, name):
-    """The smallest shared memory of a block is that of sm_86 and sm_89, 99 KB."""
+def test_models_fit_every_gpu_since_2020(monkeypatch, tmp_path, name):
+    """The smallest shared memory of a block is that of sm_86, sm_89 and sm_120, 99 KB. (That of sm_75 is 64 KB.)"""
     monkeypatch.setenv("CUDA_HOST_LAUNCHES", str(tmp_path / "launches"))
     direct(build(name), digits(2))
     launches = (line.split(" ", 2) for line in (tmp_path / "launches").read_text().splitlines())
@@ -169,6 +172,30 @@ def test_a_launch_a_phase_gives_the_same_bits(monkeypatch):
         monkeypatch.setenv("CUDA_HOST_COOPERATIVE", cooperative)
         results.append(train(monkeypatch, HOST, build("lenet5"), digits(), SETTINGS[1]))
     assert_same_bits(*results)
+
+
+REFUSALS = {  # of a cooperative launch by a device that says it has them
+    "too large": ("CUDA_HOST_USABLE_MULTIPROCESSORS", "1"),
+    "not supported": ("CUDA_HOST_COOPERATIVE", "claimed"),
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_a_refused_cooperative_launch_goes_on_as_a_launch_a_phase(monkeypatch, tmp_path, refusal):
+    expected = train(monkeypatch, HOST, build("lenet5"), digits(), SETTINGS[1])
+    monkeypatch.setenv(*REFUSALS[refusal])
+    monkeypatch.setenv("CUDA_HOST_LAUNCHES", str(tmp_path / "launches"))
+    assert_same_bits(train(monkeypatch, HOST, build("lenet5"), digits(), SETTINGS[1]), expected)
+    launches = (tmp_path / "launches").read_text()
+    assert "train_steps" not in launches
+    assert launches.count("update_phase") == 3
+    assert ctypes.CDLL(os.environ[redirect.LIBRARY]).cuda_host_last_error() == 0
+
+
+def test_other_errors_of_a_cooperative_launch_pass(monkeypatch):
+    monkeypatch.setenv("CUDA_HOST_ORDER", "sideways")
+    with pytest.raises(RuntimeError, match="CUDA_HOST_ORDER: expected forward"):
+        direct(build("lenet1"), digits(2))
 
 
 def assert_same_bits(one, other):
@@ -348,7 +375,7 @@ def test_a_watched_run_is_the_run(monkeypatch, device):
     assert_same_parameters(model, twin)
 
 
-@pytest.mark.parametrize("cooperative", ["1", "0"])
+@pytest.mark.parametrize("cooperative", ["1", "0", "claimed"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
 def test_an_interruption_ends_the_launch_between_steps(monkeypatch, device, error, cooperative):
     monkeypatch.setenv("CUDA_HOST_COOPERATIVE", cooperative)
@@ -379,9 +406,10 @@ def test_a_long_run_is_several_launches(monkeypatch, device):
     assert_same_parameters(model, twin)
 
 
-def test_a_watched_run_of_many_launches_is_several_calls(monkeypatch, device):
+@pytest.mark.parametrize("cooperative", ["0", "claimed"])
+def test_a_watched_run_of_many_launches_is_several_calls(monkeypatch, device, cooperative):
     """Without cooperative launch: the host must not wait for room in the queue."""
-    monkeypatch.setenv("CUDA_HOST_COOPERATIVE", "0")
+    monkeypatch.setenv("CUDA_HOST_COOPERATIVE", cooperative)
     monkeypatch.setenv("CUDA_HOST_MULTIPROCESSORS", "1")
     trained = FusedTrainer(copy.deepcopy(OTHERS["one-dense"]), "adam", lr=1e-3)
     losses, _ = trained.run_epoch(*digits(5, 12, 2), torch.arange(5).repeat(104), 1)
@@ -402,7 +430,7 @@ def test_a_watched_run_that_diverges_says_where(device):
     assert_same_parameters(model, twin)
 
 
-@pytest.mark.parametrize("cooperative", ["1", "0"])
+@pytest.mark.parametrize("cooperative", ["1", "0", "claimed"])
 def test_a_run_that_is_asked_to_stop_takes_no_step(monkeypatch, cooperative):
     monkeypatch.setenv("CUDA_HOST_COOPERATIVE", cooperative)
     model, memory = build("lenet1"), torch.tensor([1.0, -1.0, -1.0], dtype=torch.float64)
@@ -476,6 +504,29 @@ def test_what_the_kernels_refuse_takes_its_steps_in_graphs(monkeypatch, device, 
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        ("CUDA_HOST_CAPABILITY", "70", "no kernel image for sm_70"),
+        ("CUDA_HOST_DRIVER", "12040", "the driver supports CUDA 12.4"),
+    ],
+)
+def test_where_the_kernels_cannot_run_the_steps_are_graphs(monkeypatch, device, variable, value, reason):
+    """As Python knows beforehand on a GPU (tests/test_served.py): the operator refuses what nobody asked about."""
+    library, buffer = ctypes.CDLL(os.environ[redirect.LIBRARY]), ctypes.create_string_buffer(1024)
+    with monkeypatch.context() as patch:
+        patch.setenv(variable, value)
+        library.lenet_fast_why_unserved(-1, buffer, len(buffer))
+    try:
+        with pytest.warns(RuntimeWarning, match=f"cannot be trained by the CUDA kernels: {reason}.* CUDA graphs"):
+            trained = FusedTrainer(build("lenet1"), lr=0.1)
+        assert not trained._steps.are_queued(digits(2)[0])
+    finally:
+        library.lenet_fast_why_unserved(-1, buffer, len(buffer))
+    assert buffer.value == b""
+    assert FusedTrainer(build("lenet1"), lr=0.1)._steps.are_queued(digits(2)[0])
 
 
 def test_other_errors_of_the_native_steps_pass(monkeypatch, device):
