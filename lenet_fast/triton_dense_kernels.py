@@ -1,7 +1,8 @@
 """Triton kernels of the dense layers: linear + activation, and the distances of the RBF output layer.
 
 For N images, D inputs and O outputs: linear_act 2 N D O operations, rbf 3 N D O; each reads both operands and writes
-the N O results once. Sums are taken in float64 for float64 and in float32 otherwise, never in TF32.
+the N O results once. These kernels take their sums in float64 for float64 and in float32 otherwise, never in TF32. The
+gradients of linear_act's input and weight are PyTorch's own matrix products (`triton_dense.linear_act_backward`).
 """
 
 import triton

@@ -112,8 +112,8 @@ def launches() -> list[tuple]:
     return list(found.values())
 
 
-def compile_launch(launch: tuple, architecture: int) -> Resources:
-    """Compile one launch; what its kernel takes."""
+def compiled(launch: tuple, architecture: int) -> Any:
+    """Triton's compiled kernel of one launch."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -125,7 +125,15 @@ def compile_launch(launch: tuple, architecture: int) -> Resources:
         {(position,): value for position, value in constants.items()},
         {(position,): [["tt.divisibility", 16]] for position in divisible},
     )
-    kernel = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
+
+
+def compile_launch(launch: tuple, architecture: int) -> Resources:
+    """Compile one launch; what its kernel takes."""
+    import triton
+
+    name, signature, constants, divisible, warps = launch
+    kernel = compiled(launch, architecture)
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])

@@ -29,6 +29,20 @@ def test_resources_are_within_the_table(kernels):
     assert compare(kernels, triton_resources.TABLE.read()) == []
 
 
+def test_dense_layers_take_no_tf32():
+    """What PyTorch's matrix products may do with float32 is another matter: see test_triton.py."""
+    launches = [
+        launch
+        for launch in triton_resources.launches()
+        if launch[0] == "linear_act_kernel" and launch[1]["input"] == "*fp32"
+    ]
+    assert len(launches) == 2  # forward, and the gradient of what the activation is given
+    for launch in launches:
+        ptx = triton_resources.compiled(launch, 90).asm["ptx"]
+        assert "fma.rn.f32" in ptx
+        assert "tf32" not in ptx
+
+
 def test_a_spilling_launch_is_seen():
     """As many sums a thread as no register file holds."""
     name, signature, constants, divisible, _ = next(
