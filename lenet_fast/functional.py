@@ -25,8 +25,12 @@ def conv_act_pool(
     Equals ``pool(act(F.conv2d(input, weight, bias, padding=padding)))`` with one read of the input and one write of
     the pooled output.
 
+    The kernels, compiled or Triton's, on the CPU and on CUDA, compute on contiguous NCHW tensors. An input in another
+    memory format (channels_last) is copied to NCHW in every call, forward and backward; outputs and gradients are
+    NCHW. In a model that is channels_last otherwise, each fused layer so costs copies between the two.
+
     Args:
-        input: (N, C_in, H, W) or (C_in, H, W); float32, float64, float16 or bfloat16.
+        input: (N, C_in, H, W) or (C_in, H, W); float32, float64, float16 or bfloat16. Fastest contiguous, see above.
         weight: (C_out, C_in, K, K), dtype and device of `input`.
         bias: (C_out,) or None.
         padding: zeros added on each side: an int >= 0, "valid" (0) or "same" (output as large as the input before
@@ -34,8 +38,9 @@ def conv_act_pool(
         activation: "identity", "relu", "sigmoid", "tanh" or "scaled_tanh" (1.7159 tanh(2x/3), LeCun et al. 1998,
             appendix A).
         pool: "avg", "max" (2x2, stride 2; a last odd row or column is dropped) or "none".
-        backend: "auto" (the compiled kernels, else Triton's on CUDA, else plain PyTorch), "native" (compiled),
-            "triton" or "reference" (plain PyTorch).
+        backend: "auto" (the compiled kernels where they serve the device, else Triton's on CUDA, else plain PyTorch),
+            "native" (compiled), "triton" or "reference" (plain PyTorch, which on a GPU may take TF32 for convolutions:
+            `torch.backends.cudnn.allow_tf32`).
 
     Returns:
         (N, C_out, H_out, W_out) or (C_out, H_out, W_out), in the dtype of `input`; under autocast in its dtype.
@@ -77,7 +82,7 @@ def sparse_conv_act_pool(
     Absent connections cost neither memory nor arithmetic. An output map without any connection is act(bias).
 
     Args:
-        input: (N, C_in, H, W) or (C_in, H, W).
+        input: (N, C_in, H, W) or (C_in, H, W); contiguous or copied, as in `conv_act_pool`.
         weight: (connections, K, K), the connections of output map 0 first, input maps ascending.
         bias: (C_out,) or None.
         table: bool (C_out, C_in), or `tables.Connections` (made once instead of at every call).
@@ -118,7 +123,7 @@ def conv_subsample(
     ``act(coefficient[c] * (sum over the 2x2 window of act(conv2d(input, weight, bias))) + pool_bias[c])``.
 
     Args:
-        input: (N, C_in, H, W) or (C_in, H, W).
+        input: (N, C_in, H, W) or (C_in, H, W); contiguous or copied, as in `conv_act_pool`.
         weight: (C_out, C_in, K, K), or with a table (connections, K, K) as in `sparse_conv_act_pool`.
         bias: (C_out,) or None.
         coefficient: (C_out,), the trainable factor of the sum.
@@ -154,6 +159,10 @@ def linear_act(
     backend: str = "auto",
 ) -> Tensor:
     """A dense layer and its activation: ``act(F.linear(input, weight, bias))``.
+
+    The Triton kernel never takes TF32. Plain PyTorch, and the gradients of `input` and `weight` with either, are
+    PyTorch's matrix products: in TF32 only where it has been told so (`torch.set_float32_matmul_precision`,
+    `torch.backends.cuda.matmul.allow_tf32`).
 
     Args:
         input: (N, D) or (D,), floating.
@@ -320,7 +329,7 @@ def _resolve_padding(input: Tensor, padding: int | str, kernel_size: int, pool: 
 
 def _resolve_backend(backend: str, input: Tensor) -> str:
     check_choice("backend", backend, backends.BACKENDS)
-    if backend != "auto" and (reason := backends.why_unavailable(backend, input.device.type)) is not None:
+    if backend != "auto" and (reason := backends.why_unavailable(backend, input.device)) is not None:
         raise RuntimeError(f"backend: {backend!r} cannot run here: {reason}")
     return backend
 

@@ -115,7 +115,8 @@ class ConvActPool2d(FusedConv2d):
     """Convolution, activation and 2x2 pooling in one operator.
 
     `weight` (C_out, C_in, K, K) and `bias` (C_out,) are named, shaped and initialised as nn.Conv2d's, so the state of
-    a Conv2d loads as it is. Input (N, C_in, H, W) or (C_in, H, W); see `functional.conv_act_pool` for the options.
+    a Conv2d loads as it is. Input (N, C_in, H, W) or (C_in, H, W); see `functional.conv_act_pool` for the options. An
+    input in channels_last is copied to NCHW in every call, and the output is NCHW, as those of all layers here.
 
     Raises:
         ValueError: a size below 1, a kernel that is not square, an unknown padding, activation or pool.
@@ -150,7 +151,8 @@ class SparseConvActPool2d(FusedConv2d):
     """`ConvActPool2d` with only some connections between input and output maps: C3 of LeCun et al. (1998).
 
     `weight` (connections, K, K) holds the connections of output map 0 first, input maps ascending; absent ones cost no
-    memory, no arithmetic and no optimizer state. Initialised as nn.Conv2d with each map's own fan-in.
+    memory, no arithmetic and no optimizer state. Initialised as nn.Conv2d with each map's own fan-in. Inputs in
+    channels_last are copied, as by `ConvActPool2d`.
 
     Args:
         table: bool (C_out, C_in), e.g. `tables.LENET5_C3`; a row may be empty.
@@ -228,7 +230,8 @@ class ConvSubsample2d(FusedConv2d):
     """A convolution and a trainable subsampling, each with its activation: a C+S pair of LeCun et al. (1998), II.B.
 
     Parameters: `weight` and `bias` of the convolution, `coefficient` and `pool_bias` (C_out,) of the subsampling, which
-    start at 1/4 (the average) and 0. See `functional.conv_subsample`.
+    start at 1/4 (the average) and 0. See `functional.conv_subsample`. Inputs in channels_last are copied, as by
+    `ConvActPool2d`.
 
     Args:
         table: bool (C_out, C_in) for a sparse layer, whose weight is then (connections, K, K); None for a dense one.
