@@ -80,7 +80,7 @@ class Build(BuildExtension):
         clocked = os.environ.get("LENET_FAST_CLOCKS") == "1" and Path(source).name == "train_network.cu"
         target = Path(self.build_temp).absolute() / f"{Path(source).stem}{'.clocks' if clocked else ''}.cuda.o"
         flags = [*cuda_toolkit.NVCC_FLAGS, *cuda_toolkit.architecture_flags(), f"--threads={os.environ['MAX_JOBS']}"]
-        flags += ["-DLENET_FAST_CLOCKS"] if clocked else []
+        flags += [*cuda_toolkit.compression_flags(), *(["-DLENET_FAST_CLOCKS"] if clocked else [])]
         host_flags = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
         command = [str(cuda_toolkit.find_nvcc()), *flags, *host_flags, "-c", source, "-o", str(target)]
         compiled_by = target.with_suffix(".command")  # what the object was compiled by: other flags make another object

@@ -84,3 +84,10 @@ def architecture_flags() -> list[str]:
         if entry.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags
+
+
+@cache
+def compression_flags() -> tuple[str, ...]:
+    """nvcc's flags for code of a fifth of the size, line numbers included; none of an nvcc before CUDA 12.8."""
+    text = subprocess.run([str(find_nvcc()), "--help"], capture_output=True, text=True, check=True).stdout
+    return ("--compress-mode=size",) if "--compress-mode" in text else ()

@@ -56,6 +56,7 @@ def test_a_cuda_source_is_compiled_again_only_after_a_change(build, tmp_path, mo
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(cuda_toolkit, "find_nvcc", lambda: Path("nvcc"))
+    monkeypatch.setattr(cuda_toolkit, "compression_flags", lambda: ("--compress-mode=size",))
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
     build.build_temp = str(tmp_path)
     for _ in range(2):
