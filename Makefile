@@ -54,7 +54,7 @@ test: install $(VENV)/.interop $(VENV)/.cuda
 
 # What a machine with a GPU needs, built and checked here: the folder .gpu (scripts/gpu_bundle.py).
 gpu-bundle: $(VENV)/.cuda
-	@$(BIN)/python scripts/gpu_bundle.py make
+	@$(BIN)/python scripts/gpu_bundle.py make $(if $(GPU_PYTHON),--python $(GPU_PYTHON))
 
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check .

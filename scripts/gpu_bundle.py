@@ -116,19 +116,28 @@ def _list_contents() -> int:
     return sum(path.stat().st_size for path in files)
 
 
-def check_elsewhere(python: str | None) -> None:
+def find_python(named: str | None) -> str | None:
+    """An interpreter like the GPU machine's: the one that was named, else a Python 3.12 of the PATH or of pyenv."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    candidates = [named] if named else ["python3.12", *map(str, sorted(pyenv.glob("versions/3.12.*/bin/python3.12")))]
+    for candidate in filter(None, map(shutil.which, candidates)):
+        if subprocess.run([candidate, "-c", ""], capture_output=True).returncode == 0:  # pyenv's shims may fail
+            return candidate
+    return None
+
+
+def check_elsewhere(named: str | None) -> None:
     """Load the bundle and run the tests under the GPU machine's versions; says so where there is no such Python."""
-    interpreter = shutil.which(python or "python3.12")
-    works = interpreter and subprocess.run([interpreter, "-c", ""], capture_output=True).returncode == 0
-    if not works:
-        print(f"NOT CHECKED under Python 3.12: there is no {python or 'python3.12'} here")
+    interpreter = find_python(named)
+    if interpreter is None:
+        print(f"NOT CHECKED under Python 3.12: there is no {named or 'python3.12'} here (GPU_PYTHON names one)")
         return
     start = time.monotonic()
     environment = ROOT / "build" / "gpu_check"
     elsewhere = environment / "bin" / "python"
     print(f"checking under {' '.join(CHECKED_WITH[:1])} in build/gpu_check", flush=True)
     if not elsewhere.exists():
-        _run([str(interpreter), "-m", "venv", str(environment)])
+        _run([interpreter, "-m", "venv", str(environment)])
     _run([str(elsewhere), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *CHECKED_WITH])
     tree = ROOT / "build" / "gpu_tree"
     shutil.rmtree(tree, ignore_errors=True)
