@@ -60,6 +60,8 @@ def wants_cuda() -> bool:
 class Build(BuildExtension):
     """Compiles the .cu files of _C_cuda with nvcc itself: they know nothing of PyTorch, which may be a CPU build."""
 
+    threads = 1
+
     def finalize_options(self) -> None:
         super().finalize_options()
         if self.editable_mode:  # setuptools would compile everything anew, in a folder that it deletes afterwards
@@ -72,14 +74,16 @@ class Build(BuildExtension):
     def build_extension(self, extension: CppExtension) -> None:
         if extension.name == "lenet_fast._C_cuda":
             kernels = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
-            with ThreadPoolExecutor(int(os.environ["MAX_JOBS"])) as pool:
+            jobs = int(os.environ["MAX_JOBS"])
+            self.threads = max(1, jobs // len(kernels))  # of one nvcc: architectures that it compiles at a time
+            with ThreadPoolExecutor(jobs) as pool:
                 extension.extra_objects = [*pool.map(self.compile_kernels, kernels), *extension.extra_objects]
         super().build_extension(extension)
 
     def compile_kernels(self, source: str) -> str:
         clocked = os.environ.get("LENET_FAST_CLOCKS") == "1" and Path(source).name == "train_network.cu"
         target = Path(self.build_temp).absolute() / f"{Path(source).stem}{'.clocks' if clocked else ''}.cuda.o"
-        flags = [*cuda_toolkit.NVCC_FLAGS, *cuda_toolkit.architecture_flags(), f"--threads={os.environ['MAX_JOBS']}"]
+        flags = [*cuda_toolkit.NVCC_FLAGS, *cuda_toolkit.architecture_flags(), f"--threads={self.threads}"]
         flags += [*cuda_toolkit.compression_flags(), *(["-DLENET_FAST_CLOCKS"] if clocked else [])]
         host_flags = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
         command = [str(cuda_toolkit.find_nvcc()), *flags, *host_flags, "-c", source, "-o", str(target)]

@@ -1,13 +1,17 @@
 """What a benchmark needs to know of the device that it runs on: how to time, how to launch, and its ceilings."""
 
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from harness import Probe, Run, SgemmProbe, Timer, time_on_cpu, time_on_cuda
 
 Row = dict[str, object]
+
+_COOPERATIVE = "LENET_FAST_COOPERATIVE"
 
 CALLS, GRAPH = "calls", "graph"  # how the host starts the work: one kernel after another, or all in a CUDA graph
 # For each multiprocessor, so that products and copy are large on every device and small on a pretended one.
@@ -62,6 +66,19 @@ def cuda() -> Device:
         properties.L2_cache_size,
         {"gpu": properties.name, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "tf32": "off"},
     )
+
+
+@contextmanager
+def cooperative_launches(allowed: str) -> Iterator[None]:
+    """Within it `FusedTrainer` may ("1") or may not ("0") take all steps in one launch."""
+    before = os.environ.get(_COOPERATIVE)
+    os.environ[_COOPERATIVE] = allowed
+    try:
+        yield
+    finally:
+        del os.environ[_COOPERATIVE]
+        if before is not None:
+            os.environ[_COOPERATIVE] = before
 
 
 def captured(run: Run) -> Run:

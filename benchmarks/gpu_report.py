@@ -1,7 +1,7 @@
 """Before and after the steps of gpu_run.sh: what the machine lacks, and what came of it.
 
 python benchmarks/gpu_report.py before                 # the GPU's short name; 2 and the reason where there is none
-python benchmarks/gpu_report.py after STEPS OUT GPU    # a summary of the steps and of the rows in OUT
+python benchmarks/gpu_report.py after STEPS OUT GPU BEGIN    # the steps, and the rows in OUT newer than BEGIN
 """
 
 import re
@@ -55,16 +55,20 @@ def before() -> str:
     return "{} {}.{}".format(short, *torch.cuda.get_device_capability())
 
 
-def after(steps: Path, out: Path, gpu: str) -> str:
-    """The summary: the steps as gpu_run.sh noted them, and a table of each file of rows in `out`."""
-    parts = [steps.read_text().rstrip()]
-    trained = (out / f"{name}_{gpu}.csv" for name in ("alone", "train", "train_more"))
-    parts += [train_table.gpu_text([rows.read(path)]) for path in trained if path.exists()]
-    if (path := out / f"phases_{gpu}.csv").exists():
-        parts.append(_phases(rows.read(path)))
-    if (path := out / f"gpu_{gpu}.csv").exists():
-        measured = rows.read(path)
-        parts += [gpu_table.section(measured, one_pass) for one_pass in dict.fromkeys(row["pass"] for row in measured)]
+def after(steps: Path, out: Path, gpu: str, begin: Path) -> str:
+    """The summary: the steps as gpu_run.sh noted them, and a table of each file of rows in `out` newer than `begin`."""
+    parts = [steps.read_text(errors="replace").rstrip()]
+
+    def measured(name: str) -> list[dict[str, str]]:
+        path = out / f"{name}_{gpu}.csv"
+        is_new = path.exists() and path.stat().st_mtime >= begin.stat().st_mtime
+        return rows.read(path) if is_new else []
+
+    parts += [train_table.gpu_text([table]) for name in ("alone", "train", "train_more") if (table := measured(name))]
+    if table := measured("phases"):
+        parts.append(_phases(table))
+    table = measured("gpu")
+    parts += [gpu_table.section(table, one_pass) for one_pass in dict.fromkeys(row["pass"] for row in table)]
     return "\n\n".join(parts)
 
 
@@ -86,5 +90,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "before":
         print(before())
     else:
-        _, _, steps, out, gpu = sys.argv
-        print(after(Path(steps), Path(out), gpu))
+        _, _, steps, out, gpu, begin = sys.argv
+        print(after(Path(steps), Path(out), gpu, Path(begin)))

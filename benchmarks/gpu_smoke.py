@@ -8,11 +8,11 @@ by the rule of agreement.py. Each check prints a line as soon as it is done; the
 """
 
 import faulthandler
-import os
 import time
 from collections.abc import Callable
 
 import agreement
+import devices
 import operator_race
 import torch
 from layers import LAYERS, OURS, PLAIN
@@ -20,10 +20,11 @@ from networks import NETWORKS, Task
 from operator_race import Case, Operands
 
 from lenet_fast import FusedTrainer
+from lenet_fast.models import criterion
 
 OPERATOR_BATCH, STEPS, TRAINING_BATCHES = 5, 3, (5, 128)
 PASSES = "forward+backward"
-COOPERATIVE = "LENET_FAST_COOPERATIVE"
+MOMENTUM = 0.9
 
 
 def check_operator(case: Case) -> agreement.Verdict:
@@ -39,26 +40,37 @@ def check_operator(case: Case) -> agreement.Verdict:
     return agreement.check(OURS, found, truth=truth, own=own)
 
 
-def train(network: str, batch: int, device: str, dtype: torch.dtype, cooperative: str) -> agreement.Results:
-    """Losses and parameters after some steps of momentum on bytes, on the CPU."""
-    task = Task.make(network, batch, STEPS, "cpu")
-    model = task.model.to(device, dtype)
-    before = os.environ.get(COOPERATIVE)
-    os.environ[COOPERATIVE] = cooperative
-    try:
-        trainer = FusedTrainer(model, "sgd", lr=task.lr, momentum=0.9)
-        order = torch.arange(len(task.labels), device=device)
-        losses, _ = trainer.run_epoch(task.pixels.to(device), task.labels.to(device), order, batch)
-    finally:
-        os.environ.pop(COOPERATIVE) if before is None else os.environ.update({COOPERATIVE: before})
+def train(network: str, batch: int, cooperative: str) -> agreement.Results:
+    """Losses and parameters after some steps of momentum on the device, from bytes."""
+    task = Task.make(network, batch, STEPS, "cuda")
+    model = task.model.to("cuda")
+    with devices.cooperative_launches(cooperative):
+        trainer = FusedTrainer(model, "sgd", lr=task.lr, momentum=MOMENTUM)
+        losses, _ = trainer.run_epoch(task.pixels, task.labels, torch.arange(len(task.labels), device="cuda"), batch)
     named = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
-    return {"losses": losses.cpu().to(dtype), **named}
+    return {"losses": losses.cpu().float(), **named}
+
+
+def train_plainly(network: str, batch: int, dtype: torch.dtype) -> agreement.Results:
+    """The same by autograd and torch.optim on the CPU: what the kernels are judged by needs no kernels."""
+    task = Task.make(network, batch, STEPS, "cpu")
+    model = task.model.reference().to(dtype)
+    measure = criterion(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=task.lr, momentum=MOMENTUM)
+    losses = []
+    for images, labels in task.batches(dtype):
+        optimizer.zero_grad()
+        loss = measure(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return {"losses": torch.stack(losses), **{name: value.detach() for name, value in model.named_parameters()}}
 
 
 def check_training(network: str, batch: int) -> agreement.Verdict:
     """The trainer on the device against float64 on the CPU, both ways to launch."""
-    truth, own = (train(network, batch, "cpu", dtype, "1") for dtype in (torch.float64, torch.float32))
-    in_one, in_two = (train(network, batch, "cuda", torch.float32, cooperative) for cooperative in "10")
+    truth, own = (train_plainly(network, batch, dtype) for dtype in (torch.float64, torch.float32))
+    in_one, in_two = (train(network, batch, cooperative) for cooperative in "10")
     verdict = agreement.check("one launch", in_one, truth=truth, own=own)
     if different := [name for name, value in in_one.items() if not torch.equal(value, in_two[name])]:
         agreement.check("two launches a step", in_two, truth=truth, own=own)

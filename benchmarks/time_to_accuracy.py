@@ -88,12 +88,12 @@ def main(
         row |= {"seconds": f"{sum(epoch.seconds for epoch in run):.4f}", "epochs": len(run)}
         table.append({**row, "test_accuracy_percent": f"{100 * run[-1].test_accuracy:.2f}", **settings})
         print(*(f"{name}={value}" for name, value in table[-1].items() if name not in settings), flush=True)
+        if csv is not None:  # what was measured stays, whatever ends this process
+            rows.write(csv, table)
     seconds = [float(row["seconds"]) if row["reached"] else math.inf for row in table]
     median = statistics.median(seconds)
     print(f"{sum(map(math.isfinite, seconds))} of {seeds} trainings reached {target} %", end="")
     print(f", in {median:.3f} s (median)" if math.isfinite(median) else ", too few for a median")
-    if csv is not None:
-        rows.write(csv, table)
 
 
 if __name__ == "__main__":

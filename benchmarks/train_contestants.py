@@ -1,7 +1,6 @@
 """Who competes in training whole networks: our trainer, and PyTorch in every form that a user would try."""
 
 import copy
-import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -17,8 +16,6 @@ from lenet_fast import FusedTrainer
 from lenet_fast.models import criterion
 
 Step = Callable[[Tensor, Tensor], Tensor]
-
-_COOPERATIVE = "LENET_FAST_COOPERATIVE"
 
 
 @dataclass(frozen=True)
@@ -52,11 +49,8 @@ def fused_phases(task: Task) -> Trained:
     trained = fused_run(task)
 
     def run() -> Tensor:
-        os.environ[_COOPERATIVE] = "0"
-        try:
+        with devices.cooperative_launches("0"):
             return trained.run()
-        finally:
-            del os.environ[_COOPERATIVE]
 
     return Trained(run, trained.reset)
 

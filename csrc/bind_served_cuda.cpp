@@ -39,13 +39,14 @@ std::string why_unserved(int32_t device) {
 }  // namespace lenet_fast::cuda
 
 // Asks the device (anew) and writes the reason, cut to `size` bytes with the 0 at its end, for lenet_fast/backends.py.
+// An error that says nothing about the kernels (a device that is busy, say) is no reason: their launch will report it.
 extern "C" __attribute__((visibility("default"))) void lenet_fast_why_unserved(int32_t device, char* reason,
                                                                                size_t size) {
   std::string answer;
   try {
     answer = lenet_fast::cuda::ask(device);
-  } catch (const std::exception& error) {
-    answer = error.what();
+  } catch (const std::exception&) {
+    answer.clear();
   }
   const size_t length = std::min(answer.size(), size - 1);
   std::memcpy(reason, answer.data(), length);

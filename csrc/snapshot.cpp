@@ -2,6 +2,7 @@
 // Python takes. Free of tensors; written with Python's stable C interface, so that one file serves every version.
 #include <Python.h>
 
+#include <new>
 #include <vector>
 
 namespace {
@@ -132,17 +133,21 @@ PyObject* create(PyTypeObject* type, PyObject* arguments, PyObject* names) {
   if (self == nullptr) {
     return nullptr;
   }
-  Contents& contents = *(as_record(self)->contents = new Contents);
-  const auto add_object = [&](auto item) {
-    contents.objects.push_back({Py_NewRef(item(0)), Py_NewRef(item(1)), Py_NewRef(item(2))});
-    return true;
-  };
-  if (!for_each_group(objects, 3, "objects", add_object) ||
-      !for_each_group(dicts, 2, "dicts", [&](auto item) { return add_dict(contents, item(0), item(1)); })) {
-    Py_DECREF(self);
-    return nullptr;
+  try {
+    Contents& contents = *(as_record(self)->contents = new Contents);
+    const auto add_object = [&](auto item) {
+      contents.objects.push_back({Py_NewRef(item(0)), Py_NewRef(item(1)), Py_NewRef(item(2))});
+      return true;
+    };
+    if (for_each_group(objects, 3, "objects", add_object) &&
+        for_each_group(dicts, 2, "dicts", [&](auto item) { return add_dict(contents, item(0), item(1)); })) {
+      return self;
+    }
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
   }
-  return self;
+  Py_DECREF(self);
+  return nullptr;
 }
 
 // 1, 0, or -1 with an error set. A comparison that raises says no: the objects differ, in whatever way.
@@ -202,7 +207,8 @@ int has_ordered_items(const Dict& expected) {
   int result = static_cast<size_t>(PyList_Size(pairs)) == expected.items.size();
   for (size_t i = 0; result > 0 && i < expected.items.size(); ++i) {
     PyObject* const pair = PyList_GetItem(pairs, static_cast<Py_ssize_t>(i));
-    result = same_item(PyTuple_GetItem(pair, 0), PyTuple_GetItem(pair, 1), expected.items[i]);
+    const bool is_pair = PyTuple_Check(pair) && PyTuple_Size(pair) == 2;  // a class derived from OrderedDict may differ
+    result = is_pair ? same_item(PyTuple_GetItem(pair, 0), PyTuple_GetItem(pair, 1), expected.items[i]) : 0;
   }
   Py_DECREF(pairs);
   return result;

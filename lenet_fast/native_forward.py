@@ -10,6 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import backends
 from .eager import PLAIN_TENSORS, check_memory, is_intercepted
+from .memory import out_of_memory
 from .network import Network, NetworkError
 from .nn import FusedConv2d
 from .snapshot import FORWARD_HOOKS, Snapshot
@@ -56,8 +57,10 @@ class NativeForward:
             return None
         try:
             return torch.ops.lenet_fast.network_infer.default(definition, tensors, input, 0.0, 0.0)
-        except RuntimeError:
-            reading.refuse(input)
+        except RuntimeError as error:
+            if out_of_memory(error) is not None:
+                raise
+            reading.refuse(input, definition)
             return None
 
 
@@ -87,13 +90,17 @@ class _Reading(Snapshot):
                 self.last = input.shape, definition
             return definition
 
-    def refuse(self, input: Tensor) -> None:
+    def refuse(self, input: Tensor, definition: int) -> None:
         """The native code raised: a parameter has another dtype or shape than when it was defined, say.
 
         The layers compute this input. Whatever was defined is defined again for the next one, but for this shape only
         when a tensor has changed.
         """
         with self._lock:
+            if (
+                definition not in self._definitions.values()
+            ):  # another thread has refused, and so released it, meanwhile
+                return
             self.last = None, None
             self._definitions.clear()
             while self._releases:

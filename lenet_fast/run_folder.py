@@ -159,6 +159,14 @@ class RunFolder:
         return status.st_ino, status.st_mtime_ns, status.st_size
 
 
+def _is_at(file: int, path: Path) -> bool:
+    """Whether `path` names the open file; another process may remove it at any moment."""
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def _lock(path: Path, folder: Path) -> int | None:
     """Lock the file `path`, made where it is missing; returns its descriptor, None where there are no locks.
 
@@ -172,7 +180,7 @@ def _lock(path: Path, folder: Path) -> int | None:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
+            if _is_at(file, path):
                 os.ftruncate(file, 0)
                 since = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
                 os.pwrite(file, f"process {os.getpid()} on {platform.node()} since {since}\n".encode(), 0)

@@ -8,7 +8,7 @@ The folder .gpu then has
     clocks/                   _C_cuda once more, with phase clocks (csrc/cuda/phase_clock.cuh)
     phase_instructions.csv    instructions of each phase (scripts/phase_instructions.py)
     mnist/                    the four files of MNIST, where they are at hand
-    commit, sources           what it was made of
+    sources                   digest of what the libraries were compiled from
     CONTENTS                  a line for each file: bytes, SHA-256 and path
 It has to travel as it is, beside the tracked files. benchmarks/gpu_run.sh takes what it needs out of it.
 
@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import cuda_toolkit
@@ -32,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUNDLE = ROOT / ".gpu"
 MOST_BYTES = 50 << 20
 LIBRARIES = ("_C", "_C_cuda", "_build_info", "_snapshot")
-CHECKED_WITH = ("torch==2.11.0", "setuptools<82", "numpy", "rich", "typer", "pytest", "pytest-timeout")
+CHECKED_WITH = ("torch==2.11.0", "setuptools<82", "numpy", "rich", "typer", "pillow", "matplotlib", "pytest")
 # Everything of the training that a machine without a GPU can run: steps in graphs, and on a pretended GPU.
 HOST_TESTS = (
     ("-m", "pytest", "tests/test_graphed_steps.py"),
@@ -43,7 +44,7 @@ HOST_TESTS = (
 def sources_digest() -> str:
     """Of all that the libraries are compiled from."""
     digest = hashlib.sha256()
-    for path in sorted([*ROOT.glob("csrc/**/*.*"), ROOT / "setup.py"]):
+    for path in sorted([*ROOT.glob("csrc/**/*.*"), ROOT / "setup.py", ROOT / "scripts" / "cuda_toolkit.py"]):
         digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -63,6 +64,7 @@ def make(architecture: str, python: str | None) -> None:
     shutil.rmtree(BUNDLE, ignore_errors=True)
     (BUNDLE / "lib").mkdir(parents=True)
     build = ROOT / "build" / "gpu"
+    _run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], LENET_FAST_CUDA="0")
     print(f"building the CUDA kernels for compute capability {architecture}, without and with clocks", flush=True)
     for name, clocks in (("plain", "0"), ("clocks", "1")):
         options = ["--build-lib", str(build / name), "--build-temp", str(build / "objects")]
@@ -78,8 +80,6 @@ def make(architecture: str, python: str | None) -> None:
     table = str(BUNDLE / "phase_instructions.csv")
     _run([sys.executable, "scripts/phase_instructions.py", "--architecture", f"sm_{number}", "--write", table])
     _copy_mnist()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    (BUNDLE / "commit").write_text(f"{commit or 'unknown'}\n")
     (BUNDLE / "sources").write_text(f"{sources_digest()}\n")
     size = _list_contents()
     print(f"{BUNDLE.name}/: {size / 2**20:.1f} MiB, made in {time.monotonic() - start:.0f} s", flush=True)
@@ -103,6 +103,13 @@ def _copy_mnist() -> None:
     (BUNDLE / "mnist").mkdir()
     for name, path in files.items():
         shutil.copy(path, BUNDLE / "mnist" / (f"{name}.gz" if path.suffix == ".gz" else name))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of data that is somebody's own
+        try:
+            data.load("mnist", BUNDLE)
+        except (UserWarning, ValueError) as error:
+            shutil.rmtree(BUNDLE / "mnist")
+            print(f"without MNIST: {error}", flush=True)
 
 
 def _list_contents() -> int:

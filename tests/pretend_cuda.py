@@ -1,7 +1,7 @@
 """Runs Python with the CPU in the place of a CUDA device, so that no slip in GPU code waits for a GPU to be found.
 
     python tests/pretend_cuda.py -m pytest tests/test_cuda.py
-    PYTHON="python tests/pretend_cuda.py" LENET_FAST_CUDA=0 benchmarks/gpu_run.sh
+    PYTHON="python tests/pretend_cuda.py" benchmarks/gpu_run.sh second operators
 
 Tensors asked for on "cuda" are CPU tensors, the CPU's kernels serve them, and every call is done when it returns: this
 executes each line of the tests and benchmarks, and shows nothing about kernels. A graph is really captured (as the

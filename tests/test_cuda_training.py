@@ -17,9 +17,9 @@ from lenet_fast.nn import ConvActPool2d
 from lenet_fast.trainer import FusedTrainer, TrainingError
 from lenet_fast.training_steps import TrainingSteps
 
+missing = [backends.why_unavailable("native", device) for device in ("cuda", "cpu")]  # the CPU's trainer is the judge
 pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or backends.why_unavailable("native", "cuda") is not None,
-    reason=f"no CUDA device, or {backends.why_unavailable('native', 'cuda')}",
+    not torch.cuda.is_available() or any(missing), reason=f"no CUDA device, or {missing[0] or missing[1]}"
 )
 
 every_model = pytest.mark.parametrize("name", models.MODELS)

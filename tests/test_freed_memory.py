@@ -7,9 +7,12 @@ import pytest
 import torch
 
 import lenet_fast as lf
-from lenet_fast import functional, models
+from lenet_fast import backends, functional, models
 from lenet_fast.network import Network
 from lenet_fast.tables import Connections
+
+if (reason := backends.why_unavailable("native", "cpu")) is not None:
+    pytest.skip(reason, allow_module_level=True)
 
 TABLE = Connections(4, 3, (0, 1, 3, 5, 7, 8, 10, 11))
 X, W, V = torch.rand(2, 3, 9, 8), torch.rand(4, 3, 3, 3), torch.rand(8, 3, 3)

@@ -36,10 +36,18 @@ def test_a_bundle_of_other_sources_is_refused(bundle):
 def test_the_digest_is_of_every_source(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     shutil.copy(ROOT / "setup.py", tmp_path)
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "cuda_toolkit.py", tmp_path / "scripts")
     before = gpu_bundle.sources_digest()
     monkeypatch.setattr(gpu_bundle, "ROOT", tmp_path)
     assert gpu_bundle.sources_digest() == before
-    for name in ("setup.py", "csrc/network.h", "csrc/cuda/train_network.cu", "csrc/cpu/vec.h"):
+    for name in (
+        "setup.py",
+        "scripts/cuda_toolkit.py",
+        "csrc/network.h",
+        "csrc/cuda/train_network.cu",
+        "csrc/cpu/vec.h",
+    ):
         path = tmp_path / name
         text = path.read_text()
         path.write_text(f"{text}\n")

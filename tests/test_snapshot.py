@@ -84,6 +84,16 @@ def test_values_and_mode_are_no_part_of_it(module):
     assert taken.holds()
 
 
+def test_a_dictionary_whose_items_are_no_pairs_is_no_longer_as_it_was(module):
+    class Lists(OrderedDict):
+        def items(self):
+            return [list(pair) for pair in super().items()]
+
+    model = example()
+    model._modules = Lists(model._modules)
+    assert not module.Snapshot(model).holds()
+
+
 def test_a_model_that_refers_to_its_own_snapshot_is_collected(module):
     model = models.lenet1()
     model.taken = module.Snapshot(model)
