@@ -83,7 +83,7 @@ write_summary() {
 }
 
 # The libraries of the bundle, if it was made of these sources and they load here.
-bundle=.gpu
+bundle=${GPU_BUNDLE:-.gpu}
 unpack() {
   [[ -d $bundle/lib ]] || return 1
   if ! "${python[@]}" scripts/gpu_bundle.py check "$bundle" >> "$log" 2>&1; then
@@ -154,12 +154,12 @@ if [[ $stage == first ]]; then
     "${train_options[@]}"
 else
   pytest=("${python[@]}" -m pytest -v -rf -p no:cacheprovider)
-  if "${python[@]}" -c "import pytest_timeout" 2> /dev/null; then
+  if "${python[@]}" -c "import pytest_timeout" > /dev/null 2>&1; then
     # A thread ends the process of a test that hangs: a signal would wait for CUDA to come back.
     pytest+=(-p pytest_timeout --timeout 60 --timeout-method thread)
   fi
   parallel=("${pytest[@]}")
-  if "${python[@]}" -c "import xdist" 2> /dev/null; then parallel+=(-p xdist.plugin -n 8); fi
+  if "${python[@]}" -c "import xdist" > /dev/null 2>&1; then parallel+=(-p xdist.plugin -n 8); fi
   step training-tests 75 "${parallel[@]}" "$training" -m "not alone"
   step operator-tests 60 "${parallel[@]}" tests/test_operators.py tests/test_transforms.py tests/test_nn.py tests/test_cuda.py \
     -m "not alone and not triton_selection" -k "cuda-native or test_cuda.py and not triton"
