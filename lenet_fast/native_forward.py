@@ -1,5 +1,6 @@
 """The forward of a whole model in one native call, while the model stays as it was read."""
 
+import contextlib
 import threading
 import weakref
 from typing import Any
@@ -62,6 +63,21 @@ class NativeForward:
                 raise
             reading.refuse(input, definition)
             return None
+
+
+_abandoned: list[int] = []  # definitions whose network is gone
+
+
+def _release(definition: int) -> None:
+    """Release a native definition: later, where the garbage collector asks for it while a graph is being traced.
+
+    The graph would record the operator.
+    """
+    _abandoned.append(definition)
+    if not is_intercepted():
+        with contextlib.suppress(IndexError):  # another thread has taken the last one
+            while _abandoned:
+                torch.ops.lenet_fast.network_release(_abandoned.pop())
 
 
 class _Reading(Snapshot):
@@ -133,7 +149,7 @@ class _Reading(Snapshot):
             definition = torch.ops.lenet_fast.network_define(self._network.numbers(tuple(input.shape[1:])))
         except (NetworkError, RuntimeError):
             return None
-        self._releases.append(weakref.finalize(self._network, torch.ops.lenet_fast.network_release, definition))
+        self._releases.append(weakref.finalize(self._network, _release, definition))
         return definition
 
     def _find(self) -> None:

@@ -1,6 +1,7 @@
 """Those who look at operators instead of running them: fake tensors, make_fx, torch.export, torch.jit.trace."""
 
 import contextlib
+import gc
 import io
 
 import pytest
@@ -172,6 +173,19 @@ def test_make_fx_of_modules(name, tracing_mode, context):
     assert all(not name.startswith(("_", "network")) for name in operators(traced.graph))
     others = 2 * draw(7 if tracing_mode == "symbolic" else 4, *shape)
     torch.testing.assert_close(traced(others, *parameters), compute(others, *parameters), rtol=0, atol=1e-9)
+
+
+def test_a_network_that_is_collected_while_a_graph_is_traced_is_not_in_it():
+    held = [build("lenet1")[0]]
+    with torch.inference_mode():
+        held[0](draw(2, 1, 28, 28))  # is known to the native code then
+
+    def compute(input):
+        held.clear()
+        gc.collect()
+        return 2 * input
+
+    assert operators(make_fx(compute)(torch.ones(3)).graph) == set()
 
 
 # --- torch.export ----------------------------------------------------------------------------------------------------
