@@ -246,6 +246,13 @@ TRITON = (
         _INTERPRETED,
     ),
     Fault(
+        "of equal values the last one is the largest of a window",
+        "lenet_fast/triton_kernels.py",
+        "winner = tl.min(tl.where(z == best[:, None, :], position, WINDOW * WINDOW), axis=1)",
+        "winner = tl.max(tl.where(z == best[:, None, :], position, -1), axis=1)",
+        "tests/test_operators.py::test_of_equal_values_the_first_is_the_largest -k cpu-triton",
+    ),
+    Fault(
         "the derivative of scaled_tanh lacks its slope",
         "lenet_fast/triton_kernels.py",
         "slope = (1.0 - y * y) * (AMPLITUDE * SLOPE)",
@@ -307,6 +314,13 @@ CUDA = (
         "for (int w = 1; w < warps; ++w) {",
         "for (int w = 1; w + 1 < warps; ++w) {",
         _OPERATORS,
+    ),
+    Fault(
+        "of equal values the last one is the largest of a window",
+        "csrc/cuda/numeric.cuh",
+        "const bool takes_over = z[i] > value ||",
+        "const bool takes_over = z[i] >= value ||",
+        "tests/test_operators.py::test_of_equal_values_the_first_is_the_largest -k cpu-native",
     ),
     Fault(
         "the sums of the last step are not cleared",
@@ -383,7 +397,7 @@ CPU = (
         "csrc/cpu/conv_block.h",
         "return (value > best) | (value != value);",
         "return (value >= best) | (value != value);",
-        _OF_OPERATORS,
+        "tests/test_operators.py::test_of_equal_values_the_first_is_the_largest -k cpu-native",
     ),
     Fault(
         "the gradient of average pooling is divided by 2",

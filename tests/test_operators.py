@@ -17,6 +17,7 @@ from operators import (
     ODD,
     POOLS,
     SMALL,
+    SMALL_CASES,
     SPARSE_C3,
     Case,
     implementations,
@@ -223,6 +224,19 @@ def test_nan_and_infinity_propagate_as_in_pytorch(pool, implementation):
             input.to(device), weight.to(device), bias.to(device), backend=backend, **options
         )
         torch.testing.assert_close(output.cpu(), expected, equal_nan=True)
+
+
+@pytest.mark.cuda_host
+@implementation
+@pytest.mark.parametrize("case", SMALL_CASES[:2], ids=str)
+def test_of_equal_values_the_first_is_the_largest(case, implementation):
+    """The gradient goes there. Sums of ones and minus ones are exact, and often equal."""
+    device, backend = implementation
+    tensors = tuple(t.sign() for t in case.tensors(device=device))
+    _, expected = case.gradients(tensors, "identity", "max", "reference")
+    _, grads = case.gradients(tensors, "identity", "max", backend)
+    for grad, expected_grad in zip(grads, expected, strict=True):
+        assert error(grad, expected_grad) < 1e-13
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -7,7 +7,7 @@ import fault_table
 import planted_faults
 import pytest
 from fault_table import FAULTS
-from planted_faults import ROOT, outcome_of
+from planted_faults import ROOT, Outcome, outcome_of
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
@@ -27,10 +27,10 @@ def test_the_tests_of_a_fault_are_there(tests):
 
 
 def test_the_written_table_has_every_fault_and_all_are_caught():
-    row = r"^\| (.+) \| `(.+)` \| `(tests/.+)::(\w+)`.* \|$"
-    rows = re.findall(row, planted_faults.TABLE.read_text(), re.MULTILINE)
-    assert [(name, file) for name, file, _, _ in rows] == [(fault.name, fault.file) for fault in FAULTS]
-    for _, _, path, test in rows:
+    rows = planted_faults.written()
+    assert list(rows) == [(fault.name, fault.file) for fault in FAULTS]
+    for caught_by in rows.values():
+        path, test = re.fullmatch(r"`(tests/.+)::(\w+)`(?: \(dies\)| \(hangs\))?", caught_by).groups()
         assert f"\ndef {test}(" in (ROOT / path).read_text()
 
 
@@ -64,10 +64,15 @@ def test_what_a_run_says(which):
     assert found.catches == which.startswith(("fails", "errs", "dies"))
 
 
-def test_the_table_is_not_written_of_some_faults(capsys):
-    with pytest.raises(SystemExit):
-        planted_faults.main(["--write", "--only", "border"])
-    assert "--write: expected all faults" in capsys.readouterr().err
+def test_results_come_into_the_table_and_others_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(planted_faults, "TABLE", tmp_path / "table.md")
+    one, other = FAULTS[0], FAULTS[-1]
+    planted_faults.write([(one, Outcome("tests/test_a.py::test_one[1]", "fails")), (other, Outcome(None, "passes"))])
+    planted_faults.write([(other, Outcome("tests/test_a.py::test_two[1]", "dies"))])
+    rows = planted_faults.written()
+    assert rows.pop((one.name, one.file)) == "`tests/test_a.py::test_one`"
+    assert rows.pop((other.name, other.file)) == "`tests/test_a.py::test_two` (dies)"
+    assert set(rows.values()) == {"not tried"}
 
 
 def test_a_fault_that_is_nowhere_is_refused(capsys):
