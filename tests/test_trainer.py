@@ -997,6 +997,10 @@ def test_images_and_labels_are_checked():
     for wrong in (-1, 8):
         with pytest.raises(ValueError, match=f"order: expected indices from 0 to 7, got {wrong}"):
             trainer.run_epoch(images, labels, torch.tensor([0, 1, 2, wrong]), 1)
+    for wrong, batch_size in itertools.product((-1, 8, 2**40), (1, 8)):  # the native steps look at it themselves
+        order = torch.tensor([0, 1, 2, 3, 4, wrong, 6, 7])
+        with pytest.raises(RuntimeError, match=f"order: expected 0 to 7, got {wrong} at 5"):
+            trainer._steps.take(images, labels, order, batch_size, [0.1] * (8 // batch_size))
     for size in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="batch_size"):
             trainer.run(images, labels, batch_size=size)
