@@ -8,7 +8,7 @@ Works on a copy of the tree. What a fault changes is compiled anew, the rest is 
 variant alone, at -O1, which stands for the other two there; the CUDA kernels with the shim of tests/cuda_host. Triton's
 kernels run in its interpreter. The tests of a fault must pass without it; a compiler's error is not a catch.
 
-All take about half an hour on two cores. No part of `make test`, but tests/test_planted_faults.py checks the table.
+All take about twenty minutes on two cores. No part of `make test`, but tests/test_planted_faults.py checks the table.
 """
 
 import argparse

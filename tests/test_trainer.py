@@ -374,6 +374,20 @@ def bytes_like(number, seed=0):
     return images, torch.randint(10, (number,), generator=generator)
 
 
+@pytest.mark.parametrize("number", [1, 2, 20])
+def test_bytes_are_the_floats_that_they_become(number):
+    """In the middle of a larger input, on few images and on blocks of them."""
+    model = build("lenet5-1998")
+    twin = copy.deepcopy(model)
+    images, labels = bytes_like(number)
+    floats = model.input_spec.prepare(images, torch.float64)
+    loss, expected = (
+        FusedTrainer(each, lr=1e-4).step(data, labels) for each, data in ((model, images), (twin, floats))
+    )
+    assert loss == pytest.approx(expected, rel=1e-12)
+    assert_parameters_close(model, twin, 1e-12)
+
+
 @pytest.mark.parametrize("name", models.MODELS)
 def test_a_run_is_the_loop_anyone_would_write(name):
     model = build(name)
