@@ -164,26 +164,15 @@ PROCESSES = {
 @pytest.fixture(scope="module")
 def processes():
     """The results of all of them, as futures."""
-    # The sanitizer must come first, and find the C++ library's exceptions behind it.
-    library = subprocess.run([build.compiler(), "-print-file-name=libstdc++.so.6"], capture_output=True, text=True)
-    environment = os.environ | {
-        "LD_PRELOAD": f"{build.sanitizer_runtime()}:{library.stdout.strip()}",
-        # All memory starts as NaN, with wide fences around it.
-        "ASAN_OPTIONS": "detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1000000000:redzone=512",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{build.ROOT}:{build.ROOT / 'tests'}",
-    }
-    libraries = {check: str(build.build_operators(check)) for check in build.CHECKS}
+    libraries = {check: build.build_operators(check) for check in build.CHECKS}
     clocks = {"train_network.cu": ["-DLENET_FAST_CLOCKS"]}
-    libraries["clocks"] = str(build.build_operators("memory", own_flags=clocks))
+    libraries["clocks"] = build.build_operators("memory", own_flags=clocks)
 
     def run(check, arguments):
-        options = ["-p", "cuda_host.redirect", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-x"]
         return subprocess.run(
-            [sys.executable, "-m", "pytest", *options, *arguments],
+            [sys.executable, "-m", "pytest", *build.PYTEST_OPTIONS, *arguments],
             cwd=build.ROOT,
-            env=environment | {"LENET_FAST_CUDA_HOST": libraries[check]},
+            env=build.environment(libraries[check]),
             capture_output=True,
             text=True,
             timeout=600,

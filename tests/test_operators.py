@@ -17,6 +17,7 @@ from operators import (
     ODD,
     POOLS,
     SMALL,
+    SMALL_CASES,
     SPARSE_C3,
     Case,
     implementations,
@@ -183,14 +184,16 @@ def test_only_the_wanted_gradients(needs, implementation):
 
 
 @pytest.mark.cuda_host
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @implementation
 def test_unbatched_input_and_padding_names(implementation):
     device, backend = implementation
-    input, weight, bias = SMALL.tensors(device=device)
-    for padding in (0, 1, "valid", "same"):
-        one = functional.conv_act_pool(input[0], weight, bias, padding=padding, backend=backend)
-        expected = F.avg_pool2d(torch.sigmoid(F.conv2d(input, weight, bias, padding=padding)), 2)[0]
-        assert error(one, expected) < 1e-13
+    for case in (SMALL, replace(SMALL, kernel_size=4)):  # "same" of an even kernel is one-sided
+        input, weight, bias = case.tensors(device=device)
+        for padding in (0, 1, "valid", "same"):
+            one = functional.conv_act_pool(input[0], weight, bias, padding=padding, backend=backend)
+            expected = F.avg_pool2d(torch.sigmoid(F.conv2d(input, weight, bias, padding=padding)), 2)[0]
+            assert error(one, expected) < 1e-13
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -221,6 +224,19 @@ def test_nan_and_infinity_propagate_as_in_pytorch(pool, implementation):
             input.to(device), weight.to(device), bias.to(device), backend=backend, **options
         )
         torch.testing.assert_close(output.cpu(), expected, equal_nan=True)
+
+
+@pytest.mark.cuda_host
+@implementation
+@pytest.mark.parametrize("case", SMALL_CASES[:2], ids=str)
+def test_of_equal_values_the_first_is_the_largest(case, implementation):
+    """The gradient goes there. Sums of ones and minus ones are exact, and often equal."""
+    device, backend = implementation
+    tensors = tuple(t.sign() for t in case.tensors(device=device))
+    _, expected = case.gradients(tensors, "identity", "max", "reference")
+    _, grads = case.gradients(tensors, "identity", "max", backend)
+    for grad, expected_grad in zip(grads, expected, strict=True):
+        assert error(grad, expected_grad) < 1e-13
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -219,6 +219,25 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     assert names(tmp_path) == {"file"}
 
 
+def test_a_file_is_on_disk_before_it_takes_the_place_of_the_old_one(tmp_path, monkeypatch):
+    """Else a power failure may leave the new name with nothing behind it."""
+    path, steps = tmp_path / "file", []
+    path.write_bytes(b"old")
+
+    def noted(name, size_of, call):
+        def note(file, *target):
+            steps.append((name, size_of(file), path.read_bytes()))
+            call(file, *target)
+
+        monkeypatch.setattr(checkpoint.os, name, note)
+
+    noted("fsync", lambda file: os.fstat(file).st_size, os.fsync)
+    noted("replace", lambda file: file.stat().st_size, os.replace)
+    write_atomically(path, b"a new one")
+    assert steps == [("fsync", 9, b"old"), ("replace", 9, b"old")]
+    assert path.read_bytes() == b"a new one"
+
+
 # --- Out of memory --------------------------------------------------------------------------------
 
 

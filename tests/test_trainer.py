@@ -374,6 +374,20 @@ def bytes_like(number, seed=0):
     return images, torch.randint(10, (number,), generator=generator)
 
 
+@pytest.mark.parametrize("number", [1, 2, 20])
+def test_bytes_are_the_floats_that_they_become(number):
+    """In the middle of a larger input, on few images and on blocks of them."""
+    model = build("lenet5-1998")
+    twin = copy.deepcopy(model)
+    images, labels = bytes_like(number)
+    floats = model.input_spec.prepare(images, torch.float64)
+    loss, expected = (
+        FusedTrainer(each, lr=1e-4).step(data, labels) for each, data in ((model, images), (twin, floats))
+    )
+    assert loss == pytest.approx(expected, rel=1e-12)
+    assert_parameters_close(model, twin, 1e-12)
+
+
 @pytest.mark.parametrize("name", models.MODELS)
 def test_a_run_is_the_loop_anyone_would_write(name):
     model = build(name)
@@ -1005,6 +1019,10 @@ def test_images_and_labels_are_checked():
     for wrong in (-1, 8):
         with pytest.raises(ValueError, match=f"order: expected indices from 0 to 7, got {wrong}"):
             trainer.run_epoch(images, labels, torch.tensor([0, 1, 2, wrong]), 1)
+    for wrong, batch_size in itertools.product((-1, 8, 2**40), (1, 8)):  # the native steps look at it themselves
+        order = torch.tensor([0, 1, 2, 3, 4, wrong, 6, 7])
+        with pytest.raises(RuntimeError, match=f"order: expected 0 to 7, got {wrong} at 5"):
+            trainer._steps.take(images, labels, order, batch_size, [0.1] * (8 // batch_size))
     for size in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="batch_size"):
             trainer.run(images, labels, batch_size=size)

@@ -6,6 +6,7 @@ ThreadSanitizer's instrumentation with the shim's own rules (race.cpp). One comp
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -58,15 +59,20 @@ def why_unavailable() -> str | None:
     return None
 
 
-@cache
-def _headers_digest(folder: Path) -> str:
-    """Of the headers that a source in `folder` can include."""
-    digest = hashlib.sha256()
-    folders = {folder, HERE / "include", ROOT / "csrc", ROOT / "csrc" / "cuda"}
-    for path in sorted(path for folder in folders for path in folder.iterdir()):
-        if path.suffix in (".h", ".cuh"):
-            digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
+_INCLUDE = re.compile(r'^\s*#include ["<](.+)[">]', re.MULTILINE)
+
+
+def _with_headers(source: Path) -> list[Path]:
+    """`source` and the headers of this repository that it includes, by way of others too."""
+    found: set[Path] = set()
+    pending = [source]
+    while pending:
+        path = pending.pop()
+        found.add(path)
+        names = _INCLUDE.findall(path.read_text())
+        headers = {(folder / name).resolve() for name in names for folder in (path.parent, HERE / "include")}
+        pending += (header for header in headers - found if header.is_file())
+    return sorted(found)
 
 
 @cache
@@ -79,8 +85,11 @@ def _run(command: list) -> None:
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
 
 
-def _object(source: Path, flags: list[str]) -> Path:
-    key = [_compiler_version(), _headers_digest(source.parent), *flags, source.name, source.read_text()]
+def compiled(source: Path, flags: Iterable[str]) -> Path:
+    """The object file of `source`; compiles it unless that was done before, in this folder or in another."""
+    flags = list(flags)
+    key = [_compiler_version(), *(flag.replace(str(ROOT), ".") for flag in flags)]
+    key += [text for path in _with_headers(source.resolve()) for text in (path.name, path.read_text())]
     name = f"{source.stem}-{hashlib.sha256(chr(0).join(key).encode()).hexdigest()[:16]}.o"
     if not (CACHE / name).exists():
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -107,12 +116,12 @@ def build(
     """
     common = [*FLAGS, *WARNINGS, f"-I{HERE / 'include'}", *flags]
 
-    def compiled(source: Path) -> Path:
+    def checked(source: Path) -> Path:
         checks = CHECKS[check if source.suffix == ".cu" else "memory"]
-        return _object(source, [*common, *checks, *own_flags.get(source.name, ())])
+        return compiled(source, [*common, *checks, *own_flags.get(source.name, ())])
 
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-        objects = list(pool.map(compiled, [*sources, *RUNTIME]))
+        objects = list(pool.map(checked, [*sources, *RUNTIME]))
     link = [*CHECKS["memory"], f"-Wl,--defsym={shared_memory}=cuda_host_shared_memory", *link_flags]
     key = hashlib.sha256("\0".join([*link, *map(str, objects)]).encode()).hexdigest()[:16]
     target = CACHE / key / name
@@ -143,3 +152,22 @@ def build_operators(check: str, own_flags: Mapping[str, Iterable[str]] = Mapping
         ],
         link_flags=["-shared", *(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu", "-lc10"],
     )
+
+
+# Before a module's arguments, in the command line of pytest, whose CPU operators become those of a library.
+PYTEST_OPTIONS = ("-p", "cuda_host.redirect", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-x")
+
+
+def environment(library: Path) -> dict[str, str]:
+    """Of a process with PYTEST_OPTIONS: `library` is what `build_operators` made."""
+    # The sanitizer must come first, and find the C++ library's exceptions behind it.
+    standard = subprocess.run([compiler(), "-print-file-name=libstdc++.so.6"], capture_output=True, text=True)
+    return os.environ | {
+        "LD_PRELOAD": f"{sanitizer_runtime()}:{standard.stdout.strip()}",
+        # All memory starts as NaN, with wide fences around it.
+        "ASAN_OPTIONS": "detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1000000000:redzone=512",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "LENET_FAST_CUDA_HOST": str(library),
+    }
