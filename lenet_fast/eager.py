@@ -50,8 +50,11 @@ def check_memory(name: str, tensor: Tensor) -> None:
         return  # no memory to look at, perhaps
     if tensor.device.type == "meta" or tensor.layout != torch.strided or not tensor.numel():
         return
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    if tensor.is_contiguous():
+        count = tensor.numel()
+    else:
+        count = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + count) * tensor.element_size()
     if (available := tensor.untyped_storage().nbytes()) < needed:
         raise RuntimeError(
             f"{name}: its memory was freed or cut, it has {available} bytes and shape {tuple(tensor.shape)} "

@@ -20,6 +20,8 @@ from .watch import Watch
 
 __all__ = ["FusedTrainer", "History", "TrainingError"]
 
+_CONVERTED = (torch.int32, torch.int16, torch.int8, torch.uint8)  # labels of these dtypes are copied first
+
 OnStep = Callable[[int, float], None]
 
 _CALL_SECONDS = 0.1  # of a native call on the CPU: how long Ctrl-C waits
@@ -299,7 +301,8 @@ class FusedTrainer:
         for name, value in (("images", images), ("labels", labels)):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-            check_memory(name, value)
+            if value.dtype in _CONVERTED or not value.is_contiguous():  # the native step checks what it takes as it is
+                check_memory(name, value)
             if value.device != parameter.device:
                 raise ValueError(f"{name}: expected on {parameter.device} as the model is, got {value.device}")
         if images.dtype == torch.uint8:

@@ -14,13 +14,28 @@ namespace lenet_fast::cpu::LENET_FAST_ISA {
 template <typename T, typename F>
 LF_INLINE Vec<T> reduce_rows(const T* matrix, int64_t rows, int64_t inner, const T* x, F&& add) {
   constexpr int n = kLanes<T>;
+  // Where every product is rounded, too, the sum is that of four shorter ones: fewer roundings are of the whole.
+  constexpr int parts = kHasMultiplyAdd ? 1 : 4;
   const T* row[n];
-  Vec<T> sum[n];
+  Vec<T> sums[parts][n];
+  Vec<T>(&sum)[n] = sums[0];
   unroll<n>([&](auto r) __attribute__((always_inline)) {
     row[r] = matrix + std::min<int64_t>(r, rows - 1) * inner;
-    sum[r] = Vec<T>{};
+    unroll<parts>([&](auto p) __attribute__((always_inline)) { sums[p][r] = Vec<T>{}; });
   });
   int64_t k = 0;
+  if constexpr (parts > 1) {
+    for (; k + parts * n <= inner; k += parts * n) {
+      unroll<parts>([&](auto p) __attribute__((always_inline)) {
+        const Vec<T> value = load(x + k + p * n);
+        unroll<n>([&](auto r) __attribute__((always_inline)) {
+          sums[p][r] = add(sums[p][r], load(row[r] + k + p * n), value);
+        });
+      });
+    }
+    unroll<n>([&](auto r)
+                  __attribute__((always_inline)) { sum[r] = (sum[r] + sums[1][r]) + (sums[2][r] + sums[3][r]); });
+  }
   for (; k + n <= inner; k += n) {
     const Vec<T> value = load(x + k);
     unroll<n>([&](auto r) __attribute__((always_inline)) { sum[r] = add(sum[r], load(row[r] + k), value); });
