@@ -20,7 +20,7 @@ std::string why_unserved(int32_t device);
 // lenet_fast::_NAME_fallback gets the same arguments (differentiable.py).
 template <auto kernel>
 struct ServedOrFallback {
-  static inline const char* name = nullptr;
+  static inline const char* name = nullptr;  // the operator's, set where the kernel is registered (bind_cuda.cpp)
 
   static void boxed(StableIValue* stack, uint64_t num_arguments, uint64_t num_results) {
     int32_t device = 0;

@@ -64,7 +64,7 @@ def _why_unserved(index: int) -> str | None:
     if not torch.cuda.is_available():
         return None  # they are installed, for whatever is to be shown without a GPU
     reason = ctypes.create_string_buffer(1024)
-    # Its load is torch.ops.load_library's; ctypes lets other threads go on meanwhile.
+    # The library is loaded already, by torch.ops.load_library; ctypes lets other threads go on during the call.
     library = ctypes.CDLL(str(_library_path(_NATIVE_LIBRARIES["cuda"])))
     library.lenet_fast_why_unserved(ctypes.c_int32(index), reason, ctypes.c_size_t(len(reason)))
     return reason.value.decode() or None

@@ -13,7 +13,7 @@ _LEAST_CONTRAST = 25  # of 255, between ink and paper
 _IS_INK = 0.2  # of the strongest ink: blur and faint dirt are no ink
 _WIDEST_STROKE = 0.5  # of the longer side: what is wider is paper, a shadow or the table
 
-_THIN = 0.6  # of the digit's strokes: a single line that is so thin, or so faint, is none of them
+_THIN = 0.6  # of the digit's strokes: a single line that is so thin, or so faint, is no stroke of a digit
 
 _SPECK = 0.03  # of the digit's ink
 _DUST = 0.003  # of the digit's ink: noise, of which nothing is said

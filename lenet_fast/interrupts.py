@@ -25,10 +25,11 @@ class Interrupted(BaseException):
 
 
 class Interrupts:
-    """What Ctrl-C does while it is entered: it raises Interrupted, once, and is not heard while that takes its way.
+    """Within this context Ctrl-C raises Interrupted, once; further ones are ignored until the context is left.
 
-    Python raises it just anywhere, and in a callback it is lost. So `deferred` code asks for it by `check`, between
-    steps; a second Ctrl-C is raised at once even there, and one that comes seconds after that ends the process.
+    Python raises an exception of a signal at any line, and one that is raised in a callback is lost. So `deferred` code
+    asks for it by `check`, between steps. A second Ctrl-C is raised at once even in deferred code, and a further one
+    that comes seconds later ends the process.
     """
 
     def __init__(self) -> None:

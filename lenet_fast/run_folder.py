@@ -34,8 +34,9 @@ class FolderInUseError(OSError):
 class RunFolder:
     """A folder that is held by whoever trains in it, from `create` or `open` until `release`, and again by `hold`.
 
-    The lock is the operating system's, on a file `lock`, which tells others who holds it: it ends with its process,
-    however that ends. As a context manager, a folder is held, and then released.
+    The lock is the operating system's, on a file `lock`, which tells others who holds it. It ends with the process that
+    took it, however that process ends; a forked child does not have it. As a context manager, a folder is held, and
+    then released.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -104,6 +105,7 @@ class RunFolder:
             gc.collect()  # perhaps that was a run that nothing refers to any more
             file = _lock(lock, self.path)
         self._unlock = weakref.finalize(self, _unlock, file, lock, os.getpid())
+        _held.add(self)
         if self._left is not None and self._left != self._checkpoint():
             self.release()
             raise FolderInUseError(f"{self.path}: another process has gone on with the run; resume it anew")
@@ -157,6 +159,20 @@ class RunFolder:
         except OSError:
             return ()
         return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+_held: weakref.WeakSet[RunFolder] = weakref.WeakSet()
+
+
+def _let_go() -> None:
+    """Close what a forked child has inherited: the lock would last as long as the child."""
+    for folder in list(_held):
+        if folder._unlock is not None:
+            folder._unlock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def _is_at(file: int, path: Path) -> bool:

@@ -3,10 +3,14 @@
 import errno
 import fcntl
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import lenet_fast
 from lenet_fast import checkpoint, data, run_folder, train
 from lenet_fast.checkpoint import load_checkpoint, write_atomically
 from lenet_fast.run_folder import FolderInUseError, RunFolder
@@ -273,3 +277,21 @@ def test_another_error_of_an_engine_is_itself(few, monkeypatch):
     monkeypatch.setattr(run.engine, "run_epoch", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         run.fit()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_child_does_not_keep_the_folder_of_a_process_that_is_gone(tmp_path):
+    program = (
+        "import os\n"
+        "from lenet_fast.run_folder import RunFolder\n"
+        "folder = RunFolder.create('run')\n"
+        "if os.fork():\n"
+        "    os._exit(0)  # as a process that is killed: nothing is released\n"
+        "os.read(0, 1)\n"
+    )
+    path = os.pathsep.join([str(Path(lenet_fast.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    options = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": path}, "stdin": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", program], **options) as process:
+        assert process.wait(60) == 0
+        RunFolder.create(tmp_path / "run").release()
+        process.stdin.close()  # ends the child
