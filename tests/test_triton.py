@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,16 +37,25 @@ needs_triton = pytest.mark.skipif(
 compiled = pytest.mark.skipif(INTERPRETED, reason="runs where Triton compiles")
 
 
+@pytest.fixture(scope="module")
+def suites():
+    """The results of all suites, as futures; two run at a time, the longest first."""
+
+    def run(file, *selection):
+        # NumPy, which computes there, warns of what the tests do on purpose: infinities.
+        command = [sys.executable, "-m", "pytest", TESTS / file, *selection, "-W", "ignore::RuntimeWarning"]
+        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(run, *suite) for name, suite in SUITES.items()}
+
+
 @needs_triton
 @compiled
 @pytest.mark.parametrize("suite", SUITES)
-def test_under_the_interpreter(suite):
-    file, *selection = SUITES[suite]
-    # NumPy, which computes there, warns of what the tests do on purpose: infinities.
-    command = [sys.executable, "-m", "pytest", TESTS / file, *selection, "-W", "ignore::RuntimeWarning"]
-    done = subprocess.run(
-        command, cwd=TESTS.parent, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
+def test_under_the_interpreter(suites, suite):
+    done = suites[suite].result()
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout
