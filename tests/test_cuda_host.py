@@ -186,5 +186,5 @@ def processes():
 def test_kernels(processes, name):
     done = processes[name].result()
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 4
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= (4 if name == "phase-clocks" else 5)
     assert "skipped" not in done.stdout
