@@ -133,7 +133,13 @@ def _pair(value: Any) -> Any:
 
 
 def read_call(node: fx.Node) -> _Part:
-    """What a function or method call of a traced forward is to a run."""
+    """What a function or method call of a traced forward is to a run.
+
+    Raises:
+        LeftAlone: nothing, or not with these options.
+    """
+    if node.target is torch.conv2d:
+        return _Part("convolution", _called_padding(node))
     if node.target in ACTIVATIONS:
         return _Part("activation", ACTIVATIONS[node.target])
     if node.target not in POOLS:
@@ -141,6 +147,28 @@ def read_call(node: fx.Node) -> _Part:
     pool = POOLS[node.target]
     options = {**dict(zip(("input", *POOL_OPTIONS[pool]), node.args, strict=False)), **node.kwargs}
     return _Part("pool", _check_pool(pool, options))
+
+
+def _called_padding(node: fx.Node) -> int | str:
+    """The padding of a call of `torch.conv2d` that can be fused; its tensors have their sizes in `example_value`."""
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    for name in ("stride", "dilation", "groups"):
+        value = given.get(name, 1)
+        if _pair(value) != (1, 1):
+            raise LeftAlone(f"{name} {value!r}")
+    weight = given["weight"].meta["example_value"]
+    height, width = weight.shape[-2:]
+    if height != width:
+        raise LeftAlone(f"kernel size {(height, width)} is not square")
+    if not weight.is_floating_point():
+        raise LeftAlone(f"its weight has dtype {weight.dtype}")
+    padding = given.get("padding", 0)
+    if isinstance(padding, str):
+        return padding
+    if len(set(_pair(padding))) != 1:
+        raise LeftAlone(f"padding {padding} differs between the axes")
+    return _pair(padding)[0]
 
 
 def label(node: fx.Node) -> str:
