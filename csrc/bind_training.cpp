@@ -220,6 +220,9 @@ struct Backend {
   static std::tuple<Tensor, Tensor> train(const NetworkOperand& operand, const TrainingArguments& arguments) {
     return with_parameter_type(arguments.parameters, [&]<typename T>(T) {
       Training<T> training(operand, arguments);
+      if (!arguments.dropout.empty() || training.label_smoothing > 0) {
+        fail("dropout, label_smoothing: not in the CPU kernels yet");
+      }
       if (training.watch != nullptr) {
         fail("watch: expected none on the CPU, where a call ends with its last step");
       }

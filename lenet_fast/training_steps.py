@@ -118,6 +118,10 @@ class TrainingSteps:
             settings,
             list(map(float, rates)),
             self._j,
+            [],
+            0,
+            0,
+            0.0,
             watch,
         )
 
