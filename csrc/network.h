@@ -35,11 +35,6 @@ struct Dropout {
   double values, maps;
 };
 
-// What a mask of dropout covers in one image: maps of height x width values.
-struct DropShape {
-  int64_t maps, height, width;
-};
-
 struct NetworkGeometry {
   int num_convs, num_denses;
   ConvGeometry conv[kMaxConvs];  // `batch` unused
@@ -52,17 +47,6 @@ struct NetworkGeometry {
 
   int num_drops() const { return num_convs + num_denses + 1; }
   bool drops(int place) const { return dropout[place].values > 0 || dropout[place].maps > 0; }
-  // Behind the first dense layer, whose input are the last convolution's maps, every map is one value.
-  DropShape drop_shape(int place) const {
-    if (place < num_convs) {
-      return {conv[place].in_channels, conv[place].height, conv[place].width};
-    }
-    if (place == num_convs) {
-      const ConvGeometry& last = conv[num_convs - 1];
-      return {last.out_channels, last.out_height(), last.out_width()};
-    }
-    return {dense[place - num_convs - 1].out_features, 1, 1};
-  }
 };
 
 // What is subtracted from one parameter in one step, PyTorch's definitions with every scalar computed beforehand.
