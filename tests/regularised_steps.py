@@ -208,11 +208,15 @@ def plain(network: Example, steps: Steps, images: Tensor, labels: Tensor, order:
     return Taken(torch.tensor(losses, dtype=torch.float64), torch.tensor(correct), [p.detach() for p in parameters])
 
 
-def both(
+def natively(
     operator: Callable[..., Any], name: str, steps: Steps, number: int = 40, dtype: torch.dtype = torch.float64
-) -> tuple[Taken, Taken]:
-    """What the operator makes of a network, and what plain PyTorch makes of it."""
+) -> Taken:
+    """What the operator makes of an example."""
     network = example(name, dtype)
-    images, labels, order = network.data(number, dtype)
-    found = native(operator, network.model, steps, images, labels, order)
-    return found, plain(network, steps, images, labels, order)
+    return native(operator, network.model, steps, *network.data(number, dtype))
+
+
+def plainly(name: str, steps: Steps, number: int = 40, dtype: torch.dtype = torch.float64) -> Taken:
+    """What plain PyTorch makes of an example."""
+    network = example(name, dtype)
+    return plain(network, steps, *network.data(number, dtype))

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from instruction_sets import ISAS, run_on
-from regularised_steps import ADAM, PLACES, SGD, Steps, both, everywhere, example, native, one_place, plain
+from regularised_steps import ADAM, PLACES, SGD, Steps, everywhere, example, native, natively, one_place, plain, plainly
 from torch import nn
 from torch.nn import functional as F
 
@@ -28,6 +28,10 @@ def assert_same(found, expected, atol):
         torch.testing.assert_close(one, other, rtol=0, atol=atol)
 
 
+def assert_right(name, steps, number=40, atol=1e-11):
+    assert_same(natively(TRAIN, name, steps, number), plainly(name, steps, number), atol)
+
+
 def assert_same_bits(one, other):
     assert torch.equal(one.losses, other.losses)
     assert torch.equal(one.correct, other.correct)
@@ -43,7 +47,7 @@ def test_dropout_at_every_place_equals_autograd_on_the_same_masks(name, place, k
     """On few images, and on blocks of them."""
     for size in (4, 40):
         steps = Steps(one_place(PLACES[name], place, **{kind: 0.35}), batch_size=size)
-        assert_same(*both(TRAIN, name, steps), 1e-11)
+        assert_right(name, steps)
 
 
 @pytest.mark.parametrize("settings", [SGD, ADAM])
@@ -52,23 +56,24 @@ def test_dropout_at_every_place_equals_autograd_on_the_same_masks(name, place, k
 def test_dropout_everywhere_in_batches_of_any_size(name, size, settings):
     smoothing = 0.0 if name == "distances" else 0.15
     steps = Steps(everywhere(PLACES[name]), label_smoothing=smoothing, batch_size=size, settings=settings, j=0.5)
-    assert_same(*both(TRAIN, name, steps, BATCHES[size]), 1e-10)
+    assert_right(name, steps, BATCHES[size], 1e-10)
 
 
 @pytest.mark.parametrize("smoothing", [1e-3, 0.1, 0.9, 1.0])
 @pytest.mark.parametrize("size", [3, 20])
 @pytest.mark.parametrize("name", ["lenet", "colours"])
 def test_label_smoothing_is_that_of_cross_entropy(name, size, smoothing):
-    assert_same(*both(TRAIN, name, Steps(label_smoothing=smoothing, batch_size=size)), 1e-11)
+    assert_right(name, Steps(label_smoothing=smoothing, batch_size=size))
 
 
 def float32_errors(name, size, seed):
     """The largest error of each parameter after the steps, summed: of the native steps and of PyTorch's."""
     steps = Steps(everywhere(PLACES[name]), seed, batch_size=size, label_smoothing=0.0 if name == "distances" else 0.1)
-    _, exact = both(TRAIN, name, steps)
+    exact = plainly(name, steps)
+    single = natively(TRAIN, name, steps, dtype=torch.float32), plainly(name, steps, dtype=torch.float32)
     return [
         sum((a - b).abs().max().item() for a, b in zip(taken.parameters, exact.parameters, strict=True))
-        for taken in both(TRAIN, name, steps, dtype=torch.float32)
+        for taken in single
     ]
 
 
@@ -119,7 +124,7 @@ def test_a_large_batch_takes_several_chunks():
 @pytest.mark.parametrize("size", [4, 16])
 def test_any_seed_and_any_first_step(seed, first_step, size):
     steps = Steps(everywhere(PLACES["lenet"]), seed, first_step, batch_size=size)
-    assert_same(*both(TRAIN, "lenet", steps, 5 * size), 1e-11)
+    assert_right("lenet", steps, 5 * size)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -176,15 +181,15 @@ def test_probabilities_of_0_change_no_bit(name, size, dtype):
 def test_a_probability_of_1_drops_everything(name, size, maps):
     for place in range(PLACES[name]):
         steps = Steps(one_place(PLACES[name], place, *((0, 1) if maps else (1, 0))), batch_size=size)
-        assert_same(*both(TRAIN, name, steps), 1e-11)
-    assert all(parameter.isfinite().all() for parameter in both(TRAIN, name, steps)[0].parameters)
+        assert_right(name, steps)
+    assert all(parameter.isfinite().all() for parameter in natively(TRAIN, name, steps).parameters)
 
 
 @pytest.mark.parametrize("p", [2.0**-40, 1e-300, 1 - 2.0**-33, 1 - 2.0**-31, 1 - 2.0**-53])
 def test_probabilities_next_to_the_ends(p):
     for size in (4, 16):
         steps = Steps(one_place(PLACES["lenet"], 3, values=p), batch_size=size)
-        assert_same(*both(TRAIN, "lenet", steps), 1e-11)
+        assert_right("lenet", steps)
 
 
 # --- Statistics -------------------------------------------------------------------------------------------------------
