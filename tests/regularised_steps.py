@@ -179,12 +179,17 @@ def native(
     return Taken(losses, correct, parameters)
 
 
+def masked(steps: Steps, step: int, place: int, x: Tensor) -> Tensor:
+    """What is left of the values at a place in a step."""
+    for maps, p in enumerate(steps.dropout[place] if steps.dropout else ()):
+        x = x * mask(steps.seed, step, place, x.shape, p, maps=bool(maps), dtype=x.dtype)
+    return x
+
+
 def forward(network: Example, steps: Steps, step: int, x: Tensor) -> Tensor:
     """What a batch becomes in a training step."""
     for place, layer in enumerate([*network.stages, nn.Sequential(*network.end)]):
-        for maps, p in enumerate(steps.dropout[place] if steps.dropout else ()):
-            x = x * mask(steps.seed, step, place, x.shape, p, maps=bool(maps), dtype=x.dtype)
-        x = layer(x)
+        x = layer(masked(steps, step, place, x))
     return x
 
 

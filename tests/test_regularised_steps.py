@@ -3,21 +3,37 @@
 import copy
 import itertools
 import math
+import random
 
 import pytest
 import torch
 from instruction_sets import ISAS, run_on
-from regularised_steps import ADAM, PLACES, SGD, Steps, everywhere, example, native, natively, one_place, plain, plainly
+from random_networks import random_data, random_network
+from regularised_steps import (
+    ADAM,
+    PLACES,
+    SGD,
+    Steps,
+    everywhere,
+    example,
+    masked,
+    native,
+    natively,
+    one_place,
+    plain,
+    plainly,
+)
 from torch import nn
 from torch.nn import functional as F
 
-from lenet_fast import backends
+from lenet_fast import backends, functional
 from lenet_fast.network import Network
 
 if (reason := backends.why_unavailable("native", "cpu")) is not None:
     pytest.skip(reason, allow_module_level=True)
 
 TRAIN = torch.ops.lenet_fast.network_train
+PLAIN = {"lr": 0.05, "momentum": 0.0, "weight_decay": 0.0, "nesterov": False}
 BATCHES = {1: 3, 4: 9, 15: 20, 16: 17, 17: 40, 40: 40}  # size: images, most of them with a smaller last batch
 
 
@@ -44,10 +60,9 @@ def assert_same_bits(one, other):
 @pytest.mark.parametrize("kind", ["values", "maps"])
 @pytest.mark.parametrize(("name", "place"), [(name, place) for name in PLACES for place in range(PLACES[name])])
 def test_dropout_at_every_place_equals_autograd_on_the_same_masks(name, place, kind):
-    """On few images, and on blocks of them."""
-    for size in (4, 40):
-        steps = Steps(one_place(PLACES[name], place, **{kind: 0.35}), batch_size=size)
-        assert_right(name, steps)
+    """On few images, and on blocks of them, of every instruction set."""
+    for size, number in ((1, 7), (4, 40), (40, 40)):
+        assert_right(name, Steps(one_place(PLACES[name], place, **{kind: 0.35}), batch_size=size), number)
 
 
 @pytest.mark.parametrize("settings", [SGD, ADAM])
@@ -64,6 +79,31 @@ def test_dropout_everywhere_in_batches_of_any_size(name, size, settings):
 @pytest.mark.parametrize("name", ["lenet", "colours"])
 def test_label_smoothing_is_that_of_cross_entropy(name, size, smoothing):
     assert_right(name, Steps(label_smoothing=smoothing, batch_size=size))
+
+
+@pytest.mark.parametrize("seed", range(3000, 3020))
+def test_networks_of_any_shape(seed):
+    """Loss and gradients of a step; dropout of both kinds at places that are drawn."""
+    drawn = random_network(seed)
+    network = Network.of(drawn.network.requires_grad_(True))
+    images, labels, _ = random_data(seed, drawn.image, drawn.classes)
+    draw = random.Random(seed)
+    dropout = tuple((draw.choice((0.0, 0.3)), draw.choice((0.0, 0.0, 0.3))) for _ in (*network.layers, "output"))
+    steps = Steps(dropout, seed, batch_size=len(images), settings=PLAIN | {"lr": 1.0}, j=1.0)
+    found = native(TRAIN, drawn.network, steps, images, labels)
+    tensors = network.tensors()
+    remaining, x = iter(tensors), images
+    for place, layer in enumerate(network.layers):
+        x = layer.compute(masked(steps, 0, place, x), remaining)
+    x = masked(steps, 0, len(network.layers), x).flatten(1)
+    if network.measures_distance:
+        loss = functional.map_loss(functional.rbf(x, tensors[-1]), labels, j=1.0)
+    else:
+        loss = F.cross_entropy(x, labels)
+    parameters = tensors[: len(found.parameters)]
+    assert found.losses.item() == pytest.approx(loss.item(), rel=1e-12)
+    for before, after, grad in zip(parameters, found.parameters, torch.autograd.grad(loss, parameters), strict=True):
+        torch.testing.assert_close(before - after, grad, rtol=1e-9, atol=1e-10)
 
 
 def float32_errors(name, size, seed):
@@ -131,14 +171,13 @@ def test_any_seed_and_any_first_step(seed, first_step, size):
 def test_steps_in_two_calls_are_the_steps_of_one(dtype):
     network = example("lenet", dtype)
     images, labels, order = network.data(dtype=dtype)
-    settings = {"lr": 0.05, "momentum": 0.0, "weight_decay": 0.0, "nesterov": False}
-    steps = Steps(everywhere(PLACES["lenet"]), batch_size=16, first_step=3, settings=settings)
+    steps = Steps(everywhere(PLACES["lenet"]), batch_size=16, first_step=3, settings=PLAIN)
     whole = native(TRAIN, network.model, steps, images, labels, order)
     first = native(TRAIN, network.model, steps, images, labels, order[:16])
     with torch.no_grad():
         for parameter, value in zip(network.model.parameters(), first.parameters, strict=True):
             parameter.copy_(value)
-    steps = Steps(steps.dropout, batch_size=16, first_step=4, settings=settings)
+    steps = Steps(steps.dropout, batch_size=16, first_step=4, settings=PLAIN)
     second = native(TRAIN, network.model, steps, images, labels, order[16:])
     assert torch.equal(whole.losses, torch.cat((first.losses, second.losses)))
     assert all(map(torch.equal, whole.parameters, second.parameters))
