@@ -79,7 +79,7 @@ def line_of(name, text):
 def test_lines_belong_to_the_phase_that_ends_next():
     lines = phase_instructions.phase_lines()
     assert lines[line_of("network_images.cuh", "stage_convolutions(n, shared);")] == "stage"
-    assert lines[line_of("network_images.cuh", "load_image(n, shared, index);")] == "load"
+    assert lines[line_of("network_images.cuh", "load_image(n, shared, index, Drops);")] == "load"
     assert lines[line_of("network_images.cuh", "score(n, shared);")] == "score"
     assert lines[line_of("network_images.cuh", "add_weight_gradient<K>(n.conv[l], shared);")] == "gradients"
     assert lines[line_of("network_images.cuh", "sum.loss += one.loss;")] == "loss"
@@ -89,9 +89,9 @@ def test_lines_belong_to_the_phase_that_ends_next():
 
 def test_instructions_are_counted_where_the_innermost_known_line_is():
     _, stage = line_of("network_images.cuh", "stage_convolutions(n, shared);")
-    _, call = line_of("train_network.cu", "train_images<K>(n, shared, step);")
+    _, call = line_of("train_network.cu", "train_images<K, Drops>(n, shared, step);")
     listing = f"""
-//--------------------- .text._Z11train_stepsILi5EEEvNS0_11NetworkPlanE --------------------------
+//--------------------- .text._Z11train_stepsILi5ELb0EEEvNS0_11NetworkPlanE --------------------------
 \t//## File "/x/window.cuh", line 3 inlined at "/x/network_images.cuh", line {stage}
 \t//## File "/x/network_images.cuh", line {stage} inlined at "/x/train_network.cu", line {call}
 \t//## File "/x/train_network.cu", line {call}
@@ -100,7 +100,7 @@ def test_instructions_are_counted_where_the_innermost_known_line_is():
         /*0030*/                   NOP ;
 \t//## File "/x/other.cuh", line 1
         /*0040*/               @P1 BAR.SYNC.DEFER_BLOCKING 0x0 ;
-//--------------------- .text._Z11train_stepsILi0EEEvNS0_11NetworkPlanE --------------------------
+//--------------------- .text._Z11train_stepsILi5ELb1EEEvNS0_11NetworkPlanE --------------------------
         /*0010*/                   FFMA R1, R2, R3, R4 ;
 """
     counts = phase_instructions.count(listing)
