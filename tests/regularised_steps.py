@@ -153,7 +153,7 @@ def native(
         settings = [s["momentum"], float(s["nesterov"]), s["weight_decay"], 0.0, 0.0, 0.0]
     else:
         state = [[torch.zeros_like(p) for p in parameters] for _ in range(2)]
-        state.append([torch.zeros(()) for _ in parameters])
+        state.append([torch.zeros((), device=images.device) for _ in parameters])
         settings = [0.0, 0.0, s["weight_decay"], 0.9, 0.999, 1e-8]
     total = len(images if order is None else order)
     losses, correct = operator(

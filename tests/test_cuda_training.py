@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from regularised_steps import PLACES, SGD, Steps, everywhere, example, native, plainly
 from test_cuda import SLEEP, captured
 from test_trainer import SETTINGS, bytes_like, gentle
 from torch import nn
@@ -95,6 +96,23 @@ def test_as_exact_as_the_cpu(name, settings):
             value = value.double()
             bound = 4 * (own - value).abs().mean() + slack * value.abs().mean()
             assert (found - value).abs().mean() <= bound, (index, key)
+
+
+@ways
+@pytest.mark.parametrize("name", PLACES)
+def test_dropout_and_label_smoothing_are_those_of_autograd(monkeypatch, name, cooperative):
+    """On the same masks; no further from float64 than autograd in float32 is, but for a few roundings."""
+    monkeypatch.setenv("LENET_FAST_COOPERATIVE", cooperative)
+    smoothing = 0.0 if name == "distances" else 0.1
+    steps = Steps(everywhere(PLACES[name]), 2**40, 7, smoothing, 16, SGD | {"lr": 0.02})
+    network = example(name, torch.float32)
+    on_device = [tensor.to("cuda") for tensor in network.data(dtype=torch.float32)]
+    found = native(torch.ops.lenet_fast.network_train, network.model.to("cuda"), steps, *on_device)
+    tensors = [found, plainly(name, steps, dtype=torch.float32), plainly(name, steps)]
+    assert torch.equal(found.correct.cpu(), tensors[2].correct)
+    for mine, single, exact in zip(*([taken.losses, *taken.parameters] for taken in tensors), strict=True):
+        bound = 10 * (single.double() - exact).abs().max() + 1e-5 * exact.abs().max()
+        assert (mine.cpu().double() - exact).abs().max() <= bound
 
 
 def test_small_training():
