@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import functional, reference
@@ -55,14 +55,14 @@ class LeftAlone(Exception):
     """Why something is not fused, as a phrase for the report."""
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """One link of a run: kind "convolution" with its padding, "activation" or "pool" with its name."""
 
     kind: str
     value: str | int
 
 
-def read_layer(layer: nn.Module) -> _Part:
+def read_layer(layer: nn.Module) -> Part:
     """What `layer` is to a run.
 
     Raises:
@@ -70,12 +70,12 @@ def read_layer(layer: nn.Module) -> _Part:
     """
     kind = type(layer)
     if isinstance(layer, nn.Conv2d):
-        part = _Part("convolution", _padding(layer))
+        part = Part("convolution", _padding(layer))
     elif kind in ACTIVATIONS:
-        part = _Part("activation", ACTIVATIONS[kind])
+        part = Part("activation", ACTIVATIONS[kind])
     elif kind in POOLS:
         pool = POOLS[kind]
-        part = _Part("pool", _check_pool(pool, {name: getattr(layer, name) for name in POOL_OPTIONS[pool]}))
+        part = Part("pool", _check_pool(pool, {name: getattr(layer, name) for name in POOL_OPTIONS[pool]}))
     else:
         raise LeftAlone(_NOT_OURS.format(kind.__name__))
     if is_observed(layer):
@@ -110,8 +110,9 @@ def _padding(conv: nn.Conv2d) -> int | str:
     return conv.padding[0]
 
 
-def _check_size(conv: nn.Conv2d) -> None:
-    if (weights := conv.weight.numel()) > _MAX_WEIGHTS:
+def check_size(weight: Tensor) -> None:
+    """Raise LeftAlone for a weight of a convolution that PyTorch computes faster."""
+    if (weights := weight.numel()) > _MAX_WEIGHTS:
         raise LeftAlone(f"with {weights:,} weights PyTorch's own convolution is faster")
 
 
@@ -132,27 +133,26 @@ def _pair(value: Any) -> Any:
     return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def read_call(node: fx.Node) -> _Part:
+def read_call(node: fx.Node) -> Part:
     """What a function or method call of a traced forward is to a run.
 
     Raises:
         LeftAlone: nothing, or not with these options.
     """
     if node.target is torch.conv2d:
-        return _Part("convolution", _called_padding(node))
+        return Part("convolution", _called_padding(node))
     if node.target in ACTIVATIONS:
-        return _Part("activation", ACTIVATIONS[node.target])
+        return Part("activation", ACTIVATIONS[node.target])
     if node.target not in POOLS:
         raise LeftAlone(_NOT_OURS.format(label(node)))
     pool = POOLS[node.target]
     options = {**dict(zip(("input", *POOL_OPTIONS[pool]), node.args, strict=False)), **node.kwargs}
-    return _Part("pool", _check_pool(pool, options))
+    return Part("pool", _check_pool(pool, options))
 
 
 def _called_padding(node: fx.Node) -> int | str:
     """The padding of a call of `torch.conv2d` that can be fused; its tensors have their sizes in `example_value`."""
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    given = conv_arguments(node)
     for name in ("stride", "dilation", "groups"):
         value = given.get(name, 1)
         if _pair(value) != (1, 1):
@@ -171,6 +171,12 @@ def _called_padding(node: fx.Node) -> int | str:
     return _pair(padding)[0]
 
 
+def conv_arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a call of `torch.conv2d` by name."""
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+
+
 def label(node: fx.Node) -> str:
     """What a node of a traced forward is called in reports."""
     if node.op == "call_module":
@@ -187,7 +193,7 @@ class _Match:
     """A run found in a graph: its nodes in order, its layers by name, the options of the fused operator."""
 
     nodes: list[fx.Node]
-    layers: dict[str, _Part] = field(default_factory=dict)
+    layers: dict[str, Part] = field(default_factory=dict)
     activation: str = "identity"
     pool: str = "none"
 
@@ -215,7 +221,7 @@ class _Match:
                 if kind == "activation":
                     self.nodes, self.layers, self.activation = longer.nodes, longer.layers, value
 
-    def _take_next(self, module: nn.Module) -> _Part:
+    def _take_next(self, module: nn.Module) -> Part:
         node = _only_user(self.nodes[-1])
         self.nodes.append(node)
         if _is_product(node, reference.SCALED_TANH_SLOPE):
@@ -223,7 +229,7 @@ class _Match:
             scaled = _only_user(self.nodes[-1])
             self.nodes.append(scaled)
             if tanh == ("activation", "tanh") and _is_product(scaled, reference.SCALED_TANH_AMPLITUDE):
-                return _Part("activation", "scaled_tanh")
+                return Part("activation", "scaled_tanh")
         if node.op != "call_module":
             return read_call(node)
         layer = module.get_submodule(node.target)
@@ -268,7 +274,7 @@ def matches(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[_Match, str | 
         try:
             match.follow(module)
             match.layers[node.target] = read_layer(layer)
-            _check_size(layer)
+            check_size(layer.weight)
         except LeftAlone as why:
             yield match, str(why)
         else:
