@@ -1,29 +1,29 @@
 """`accelerate` runs a model's Conv2d -> activation -> 2x2 pooling fused; `restore` makes a model plain PyTorch again.
 
-No layer is replaced. A module whose forward contains such runs gets a second forward: its own, traced by torch.fx,
-with one fused operator in place of each run, reading the parameters from the same layers. So parameters, state_dict,
-optimizers, `model.conv1`, initialisation by layer type, single layers called by hand and hooks keep their meaning.
-The traced forward runs only while what was traced still holds (see `plans.Plan.obstacle`); otherwise the module's own
-forward runs, which is always right, and says so once.
+No layer is replaced, and the model's class stays as it is: `accelerate` attaches the backend of `dynamo` to the model
+in the way of `nn.Module.compile`. So parameters, state_dict, optimizers, `model.conv1`, initialisation by layer type,
+single layers called by hand and hooks keep their meaning, and PyTorch's guards see to it that what runs is what the
+model is now.
 
 `accelerate` the function hides this module's name in the package; `from lenet_fast.accelerate import report` works.
 """
 
+import copy
 import copyreg
-import functools
 import logging
-import types
-from collections.abc import Mapping
+import sys
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from .fusable import ACTIVATIONS, NO_POOLING, POOLS, LeftAlone, is_observed
+from .dynamo import call_compiled
+from .fusable import ACTIVATIONS, POOLS, is_observed
 from .nn import ConvActPool2d, FusedConv2d
-from .plans import Plan, make_plans
-from .tracing import original_class
+from .runs import Captured, CapturedRun
 
 __all__ = ["Report", "Run", "accelerate", "report", "restore"]
 
@@ -59,20 +59,24 @@ class Report:
 def accelerate(model: Model) -> Model:
     """Run every Conv2d -> activation -> 2x2 pooling in `model` through the fused operator; returns `model` itself.
 
-    Finds runs in the forward of any module that torch.fx can trace, made of layers (`nn.ReLU`, `nn.Sigmoid`,
-    `nn.Tanh`, `lenet_fast.nn.ScaledTanh`; `nn.MaxPool2d`, `nn.AvgPool2d`) or of functions and methods (`F.relu`,
-    `torch.tanh`, `x.sigmoid()`, `1.7159 * torch.tanh(2 / 3 * x)`, `F.max_pool2d`, ...). The activation may be missing,
-    and may follow a max pooling: every one of these functions is nondecreasing, so the order does not matter.
+    Finds runs in whatever PyTorch's Dynamo reads, made of layers (`nn.ReLU`, `nn.Sigmoid`, `nn.Tanh`,
+    `lenet_fast.nn.ScaledTanh`; `nn.MaxPool2d`, `nn.AvgPool2d`) or of functions and methods (`F.relu`, `torch.tanh`,
+    `x.sigmoid()`, `1.7159 * torch.tanh(2 / 3 * x)`, `F.max_pool2d`, ...). The activation may be missing, and may follow
+    a max pooling: every one of these functions is nondecreasing, so the order does not matter. Dropout in between is no
+    obstacle in evaluation mode. Everything else of the forward runs as it does without `accelerate`, in one piece or in
+    several: it may print, draw random numbers, branch on its input and change the model.
 
     Outputs and gradients agree with the plain model within float32 rounding. Parameters and layers stay the same
-    objects under the same names. Call it again after changing the model's layers: a second call starts afresh. Logs
-    what it fuses (INFO) and what it leaves alone and why (WARNING) to the logger "lenet_fast.accelerate"; `report`
-    returns the same. The kernels take 16 images at a time: smaller batches gain little or lose.
+    objects under the same names, and may change at any time. The first call imports Dynamo (about a second) and reads
+    the forward (about half a second); so does the first call of another kind: another mode, dtype or number of
+    dimensions, the second batch size. Every later one checks that what was read still holds. Models of one class share
+    what was read.
 
-    As under every torch.fx tool, a forward has to be a function of its inputs, parameters, layers, attributes and
-    training mode; it is run once a mode on stand-ins for tensors. One that prints, assigns attributes, keeps
-    intermediate results, switches gradients off or branches on its input is left alone; one that reads a global
-    variable which changes later cannot be told apart.
+    Plain PyTorch runs where other tools look on: under `torch.jit.trace`, `torch.export`, `torch.func`'s transforms,
+    `FakeTensorMode`, other dispatch modes, and within `torch.compile`, whose own backend gets the graph.
+
+    Logs what is fused (INFO) and what is left alone and why (WARNING) to the logger "lenet_fast.accelerate" in the first
+    call; `report` returns the same. The kernels take 16 images at a time: smaller batches gain little or lose.
 
     A convolution without pooling is left alone. Fused with its activation only, one of LeNet-5's size (below 2,500
     weights) trains 1.3-2.5x faster at batch 128, but one of more than 4,000 runs at 0.4-0.8 of the plain speed, and all
@@ -82,26 +86,12 @@ def accelerate(model: Model) -> Model:
         TypeError: `model` is no nn.Module.
     """
     _check_module(model)
-    plans, found = _analyse(model)
-    _set_plans(model, plans)
-    for layer in model.modules():
-        if isinstance(layer, FusedConv2d) and layer.backend == "reference":
-            layer.backend = "auto"  # undoes `restore`
-    for run in found.fused:
-        _log.info("fused %s", run)
-    if found.left_alone:
-        _log.warning("left alone:\n%s", "\n".join(f"  {run}" for run in found.left_alone))
+    for module in model.modules():
+        if _may_attach(module):
+            _attach(module)
+        if isinstance(module, FusedConv2d) and module.backend == "reference":
+            module.backend = "auto"  # undoes `restore`
     return model
-
-
-def report(model: nn.Module) -> Report:
-    """What `accelerate` fuses in `model` and what it leaves alone and why; the model stays as it is.
-
-    Raises:
-        TypeError: `model` is no nn.Module.
-    """
-    _check_module(model)
-    return _analyse(model)[1]
 
 
 def restore(model: Model) -> Model:
@@ -116,7 +106,9 @@ def restore(model: Model) -> Model:
         TypeError: `model` is no nn.Module.
     """
     _check_module(model)
-    _set_plans(model, {})
+    for module in model.modules():
+        if _attached(module):
+            del module.__dict__[_SLOT]
     for parent in list(model.modules()):
         if type(parent).forward is nn.Sequential.forward:
             _unfuse_children(parent, model)
@@ -131,112 +123,85 @@ def _check_module(model: nn.Module) -> None:
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
 
 
-def _analyse(model: nn.Module) -> tuple[dict[nn.Module, dict[bool, Plan]], Report]:
-    """The plans of every module that has runs, and the report on every Conv2d."""
-    plans: dict[nn.Module, dict[bool, Plan]] = {}
-    found: dict[Run, None] = {}
-    called: set[nn.Module] = set()
-    covered: set[nn.Module] = set()  # containers whose convolutions a parent's forward accounts for
-    refused: dict[str, str] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Conv2d) or not any(isinstance(m, nn.Conv2d) for m in module.modules()):
-            continue
-        if isinstance(module, nn.ModuleList | nn.ModuleDict):
-            continue
-        try:
-            own_plans, calls, inlined = make_plans(module)
-        except LeftAlone as why:
-            refused[path] = f"the forward of {type(module).__name__} {why}"
-            continue
-        if own_plans:
-            plans[module] = own_plans
-        covered.update(module.get_submodule(name) for name in inlined)
-        for layers, reason in calls:
-            called.add(module.get_submodule(layers[0]))
-            if module not in covered:
-                names = tuple(label if label.endswith("()") else _join(path, label) for label in layers)
-                found[Run(names, reason)] = None
-    for path, layer in model.named_modules():
-        if isinstance(layer, nn.Conv2d) and layer not in called:
-            found[Run((path or type(layer).__name__,), _why_not_called(path, refused))] = None
-    return plans, Report(tuple(r for r in found if not r.reason), tuple(r for r in found if r.reason))
+# --- attaching -------------------------------------------------------------------------------------------------------
+
+_SLOT = "_compiled_call_impl"  # where nn.Module.compile puts what calls of the module run instead
+_CALL = nn.Module._wrapped_call_impl.__code__  # what looks there
 
 
-def _why_not_called(path: str, refused: dict[str, str]) -> str:
-    """The nearest module around a convolution whose forward could not be read is to blame."""
-    around = path
-    while around:
-        around = around.rpartition(".")[0]
-        if around in refused:
-            return refused[around]
-    return "no forward calls it" if path else NO_POOLING
+class _Attachment:
+    """What an accelerated module runs when it is called, and what was read of its forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self.graphs: dict[Captured, tuple[Run, ...]] = {}
+        self.breaks: dict[str, None] = {}
+        self.calls = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self._model()
+        if not torch.compiler.is_compiling():
+            caller = sys._getframe(1)
+            if caller.f_code is _CALL and (called := caller.f_locals["self"]) is not model:
+                return called._call_impl(*args, **kwargs)  # it took over the model's __dict__: DataParallel's replicas
+        return call_compiled(self, model, *args, **kwargs)
+
+    def add(self, graph: Captured, inputs: tuple[Any, ...]) -> None:
+        self.graphs[graph] = runs = tuple(self._named(run, inputs) for run in graph.runs)
+        known = {run for graph, found in self.graphs.items() for run in found}
+        for run in runs:
+            if not run.reason:
+                _log.info("fused %s", run)
+        left_alone = [run for run in runs if run.reason]
+        if left_alone:
+            _log.warning("left alone:\n%s", "\n".join(f"  {run}" for run in left_alone))
+
+    def add_break(self, reason: str) -> None:
+        self.breaks[reason] = None
+
+    def _named(self, run: CapturedRun, inputs: tuple[Any, ...]) -> Run:
+        """The run with its layers' names in the model, which may be other than those where the graph starts."""
+        seen = run.parts[0]
+        names = [name for name, layer in self._model().named_modules() if isinstance(layer, nn.Conv2d)]
+        names = [name for name in names if name == seen or name.endswith(f".{seen}")]
+        if run.weight is not None:
+            weight = inputs[run.weight]
+            names = [n for n in names if self._model().get_submodule(n)._parameters.get("weight") is weight] or names
+        prefix = names[0].removesuffix(seen) if names else ""
+        parts = (part if part.endswith("()") else prefix + part for part in run.parts)
+        return Run(tuple(parts), run.reason)
 
 
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
+def _attached(module: nn.Module) -> _Attachment | None:
+    attachment = module.__dict__.get(_SLOT)
+    return attachment if isinstance(attachment, _Attachment) else None
 
 
-# --- modules with plans ----------------------------------------------------------------------------------------------
+def _may_attach(module: nn.Module) -> bool:
+    """Whether `module` has a forward that may contain runs, and nothing of another's in the place of ours."""
+    kind = type(module)
+    if kind.__module__.partition(".")[0] == "torch" and not issubclass(kind, nn.Sequential | torch.fx.GraphModule):
+        return False
+    return _SLOT not in module.__dict__ and any(isinstance(layer, nn.Conv2d) for layer in module.modules())
 
 
-class _Accelerated:
-    """First base of the class of a module with plans."""
-
-    _lenet_fast_original: type[nn.Module]
-    _lenet_fast_plans: Mapping[bool, Plan] = types.MappingProxyType({})
-
-    def __init_subclass__(cls) -> None:
-        """Keep the original class's own `__init_subclass__` (a registry, say) out of this."""
-
-    def __reduce_ex__(self, protocol: int) -> tuple:
-        return _new_accelerated, (self._lenet_fast_original,), super().__reduce_ex__(max(protocol, 2))[2]
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if None not in self._lenet_fast_plans.values():
-            return
-        try:
-            self._lenet_fast_plans = make_plans(self)[0]
-        except LeftAlone as why:
-            self._lenet_fast_plans = {}
-            _log.warning("%s was accelerated, but is not any more: its forward %s", type(self).__name__, why)
-
-    def extra_repr(self) -> str:
-        runs = dict.fromkeys(run for plan in self._lenet_fast_plans.values() for run in plan.runs)
-        return "\n".join(filter(None, (super().extra_repr(), f"fused: {', '.join(runs)}")))
+def _attach(module: nn.Module) -> None:
+    module.__dict__[_SLOT] = _Attachment(module)
+    copyreg.dispatch_table.setdefault(type(module), _reduce)
 
 
-@functools.cache
-def _accelerated_class(cls: type[nn.Module]) -> type[nn.Module]:
-    @functools.wraps(cls.forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        plan = self._lenet_fast_plans.get(self.training)
-        if plan is not None and (inputs := plan.arguments(args, kwargs)) is not None:
-            obstacle = plan.obstacle(self)
-            if obstacle is None:
-                return plan.run(self, *inputs)
-            if not torch.compiler.is_compiling():
-                plan.say_once(self, obstacle)
-        return cls.forward(self, *args, **kwargs)
-
-    body = {"_lenet_fast_original": cls, "forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__}
-    return types.new_class(cls.__name__, (_Accelerated, cls), exec_body=lambda namespace: namespace.update(body))
+def _reduce(module: nn.Module) -> Any:
+    """How modules of a class that has accelerated ones are copied and pickled: they stay what they are."""
+    reduced = module.__reduce_ex__(2)
+    if _attached(module) and isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__:
+        return _new_accelerated, *reduced[1:]
+    return reduced
 
 
-def _new_accelerated(cls: type[nn.Module]) -> nn.Module:
-    return copyreg.__newobj__(_accelerated_class(cls))
-
-
-def _set_plans(model: nn.Module, plans: Mapping[nn.Module, dict[bool, Plan]]) -> None:
-    """Give the modules of `model` these plans, and take away any other."""
-    for module in model.modules():
-        original = original_class(module)
-        if module in plans:
-            module.__class__ = _accelerated_class(original)
-            module.__dict__["_lenet_fast_plans"] = plans[module]
-        elif isinstance(module, _Accelerated):
-            module.__class__ = original
-            module.__dict__.pop("_lenet_fast_plans", None)
+def _new_accelerated(cls: type[nn.Module], *args: Any) -> nn.Module:
+    module = cls.__new__(cls, *args)
+    _attach(module)
+    return module
 
 
 # --- plain equivalents of the fused layers ---------------------------------------------------------------------------

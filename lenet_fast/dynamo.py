@@ -1,0 +1,208 @@
+"""The backend of `torch.compile` that runs Conv2d -> activation -> 2x2 pooling fused, and calls of models with it.
+
+PyTorch's Dynamo reads a forward as it runs and hands its graphs to a backend, with guards on all that it looked at.
+This backend puts the fused operator in the place of each run, and leaves everything else of the graph as it is.
+Importing this module imports no part of Dynamo, which takes a second: that happens when a model is first called.
+"""
+
+import functools
+import logging
+import threading
+import types
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx, nn
+
+from .eager import is_intercepted
+from .runs import CapturedRun, fuse
+
+__all__ = ["Listener", "backend", "call_compiled", "compiled_forward"]
+
+_log = logging.getLogger("lenet_fast.accelerate")  # the package's users know accelerate, not how it is made
+
+_COMPILATIONS = 256  # of one class of models: for each architecture, mode, dtype, kind of batch, ...
+_FAILURES = 8  # of Dynamo in the calls of one class of models, until it is not asked any more
+
+
+def backend(
+    graph_module: fx.GraphModule,
+    example_inputs: list[Tensor],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """``torch.compile(model, backend="lenet_fast")``: what PyTorch calls with each graph of a model.
+
+    Args:
+        graph_module: the graph that Dynamo captured.
+        example_inputs: its inputs.
+        mode: has to be None; it is Inductor's.
+        options: ``{"inductor": True}`` gives the graph, with its runs fused, to Inductor, PyTorch's own compiler.
+            Otherwise PyTorch's operators run one by one, as without `torch.compile`.
+
+    Returns:
+        A function of the graph's inputs that returns the tuple of its outputs.
+
+    Raises:
+        ValueError: a `mode`, or an option that does not exist.
+    """
+    options = dict(options or {})
+    with_inductor = options.pop("inductor", False)
+    if mode is not None:
+        raise ValueError(f"mode: expected none for the backend lenet_fast, got {mode!r}")
+    if options:
+        raise ValueError(f"options: expected 'inductor' alone, got {', '.join(map(repr, options))}")
+    fuse(graph_module.graph)
+    graph_module.recompile()
+    if not with_inductor:
+        return graph_module.forward
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(graph_module, example_inputs)
+
+
+class _HookGuards:
+    """While a call may be compiled: guards see hooks that are added later, which they do not by default."""
+
+    def __enter__(self) -> None:
+        from torch._dynamo import config
+
+        self._restore = config._make_closure_patcher(skip_nnmodule_hook_guards=False)()
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
+
+
+backend.backend_ctx_ctor = _HookGuards  # type: ignore[attr-defined]  # PyTorch enters one in every call
+
+
+# --- calls of models -------------------------------------------------------------------------------------------------
+
+
+class Listener(Protocol):
+    """Whom a call tells which graphs run in it."""
+
+    graphs: dict[tuple[CapturedRun, ...], Any]
+
+    def add(self, graph: tuple[CapturedRun, ...], inputs: tuple[Any, ...]) -> None:
+        """Take in a graph that was not in `graphs` when it ran on `inputs`."""
+
+    def add_break(self, reason: str) -> None:
+        """Take in why Dynamo left a part of the forward to Python."""
+
+
+class _Current(threading.local):
+    listener: Listener | None = None
+
+
+_current = _Current()
+
+
+def compiled_forward(model: nn.Module) -> Callable[..., Any]:
+    """A function that calls `model`, with its hooks, and with its runs fused, whatever is attached to it."""
+    return functools.partial(call_compiled, None, model)
+
+
+def call_compiled(listener: Listener | None, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call `model` with its runs fused; plainly where other tools look on, which have to see PyTorch's operators."""
+    if torch.compiler.is_compiling() or is_intercepted():
+        return model._call_impl(*args, **kwargs)
+    compiled = _compiled.get(type(model)) or _compile(type(model))
+    outer = _current.listener
+    _current.listener = listener
+    try:
+        return compiled(model, *args, **kwargs)
+    finally:
+        _current.listener = outer
+
+
+def _plain_call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return model._call_impl(*args, **kwargs)
+
+
+_compiled: weakref.WeakKeyDictionary[type, Callable[..., Any]] = weakref.WeakKeyDictionary()
+
+
+def _compile(cls: type[nn.Module]) -> Callable[..., Any]:
+    """The call of a model of this class, compiled; Dynamo keeps what it compiles with the function's code object."""
+    import torch._dynamo
+
+    code = _plain_call.__code__.replace(co_name=f"call_{cls.__name__}")
+    function = types.FunctionType(code, globals(), code.co_name)
+    try:
+        context = torch._dynamo.optimize(_fuse_and_tell)
+        converter = _Converter(context.callback._torchdynamo_orig_backend, code, cls.__name__)
+    except (RuntimeError, AttributeError) as error:  # Dynamo does not support this Python, or is switched off
+        _log.warning("%s runs unfused: PyTorch's Dynamo cannot be used here (%s)", cls.__name__, error)
+        compiled = function
+    else:
+        context.callback._torchdynamo_orig_backend = converter
+        compiled = context(function)
+    return _compiled.setdefault(cls, compiled)
+
+
+def _fuse_and_tell(graph_module: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
+    """As `backend`; tells the listener of each call."""
+    graph = fuse(graph_module.graph)
+    graph_module.recompile()
+    forward = graph_module.forward
+
+    def run(*inputs: Any) -> Any:
+        listener = _current.listener
+        if listener is not None and graph not in listener.graphs:
+            listener.add(graph, inputs)
+        return forward(*inputs)
+
+    return run
+
+
+class _Converter:
+    """Dynamo's conversion of a frame, for calls that must not fail where the plain forward does not."""
+
+    def __init__(self, convert: Callable[..., Any], code: types.CodeType, name: str) -> None:
+        self._torchdynamo_orig_backend = convert._torchdynamo_orig_backend  # type: ignore[attr-defined]
+        self._convert = convert
+        self._code = code
+        self._name = name
+        self._failures = 0
+
+    def _clone_with_backend(self, backend: Callable[..., Any]) -> "_Converter":
+        """Without the backend that splits graphs for DistributedDataParallel: here autograd's hooks run as ever."""
+        return self
+
+    def __call__(self, frame: Any, cache_entry: Any, hooks: Any, frame_state: Any, skip: int = 0) -> Any:
+        from torch._dynamo import config
+        from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
+        from torch._dynamo.utils import graph_break_reasons
+
+        breaks = len(graph_break_reasons)
+        limit = max(_COMPILATIONS, config.recompile_limit)
+        accumulated = max(limit, config.accumulated_recompile_limit)
+        run_only = FrameExecStrategy(FrameAction.RUN_ONLY, FrameAction.RUN_ONLY)
+        try:
+            with config.patch(
+                skip_nnmodule_hook_guards=False, recompile_limit=limit, accumulated_recompile_limit=accumulated
+            ):
+                result = self._convert(frame, cache_entry, hooks, frame_state, skip=skip + 1)
+        except Exception as error:
+            self._tell_break(f"{type(error).__name__}: {error}")
+            result = ConvertFrameReturn(apply_to_code=False)
+        for reason in graph_break_reasons[breaks:]:
+            self._tell_break(reason.reason)
+        if result.frame_exec_strategy.cur_action is FrameAction.RUN_ONLY:
+            _log.warning("%s: Dynamo compiled %s %d times; new kinds of calls run unfused", self._name, frame.f_code.co_name, limit)
+        elif result.guarded_code is None and frame.f_code is self._code:
+            # A failure would have Dynamo skip all later calls of all models of the class.
+            self._failures += 1
+            result.apply_to_code = False
+            if self._failures >= _FAILURES:
+                _log.warning("%s: Dynamo failed %d times; new kinds of calls run unfused", self._name, _FAILURES)
+                result.frame_exec_strategy, result.apply_to_code = run_only, True
+        return result
+
+    def _tell_break(self, reason: str) -> None:
+        if _current.listener is not None:
+            _current.listener.add_break(reason.strip().splitlines()[0])

@@ -1,0 +1,203 @@
+"""Runs of convolution, activation and pooling in a graph of Dynamo's, and the fused operator in the place of each."""
+
+import contextlib
+import operator
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from . import functional, reference
+from .fusable import (
+    IN_PLACE,
+    NO_POOLING,
+    Foreign,
+    LeftAlone,
+    Part,
+    call_text,
+    check_size,
+    conv_arguments,
+    foreign_layer,
+    label,
+    read_call,
+)
+
+__all__ = ["Captured", "CapturedRun", "fuse"]
+
+# Layers of these are named in reports by where they are in the model; within other modules, functions by their names.
+_LIBRARIES = ("torch.nn.", "lenet_fast.")
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+@dataclass(frozen=True)
+class CapturedRun:
+    """A convolution in a graph and what follows it.
+
+    `parts` are dotted names as seen from the module whose call was captured, functions end in "()". `weight` is the
+    position of the convolution's weight among the graph's inputs, None where the graph computes it. `reason` tells why
+    it is left alone.
+    """
+
+    parts: tuple[str, ...]
+    weight: int | None
+    reason: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """What was found in one graph; equal to itself alone."""
+
+    runs: tuple[CapturedRun, ...]
+
+
+def fuse(graph: fx.Graph) -> Captured:
+    """Put the fused operator in the place of every run in a graph of Dynamo's."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    _name_results_in_place(graph)
+    found = []
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not torch.conv2d:
+            continue
+        weight = conv_arguments(node)["weight"]
+        match, reason = _Match([node]), None
+        try:
+            match.follow()
+            padding = read_call(node).value
+            check_size(weight.meta["example_value"])
+        except LeftAlone as why:
+            reason = str(why)
+        names = dict.fromkeys(map(_name, match.nodes if reason is None else [node]))
+        found.append(CapturedRun(tuple(names), inputs.index(weight) if weight in inputs else None, reason))
+        if reason is None:
+            match.replace(graph, padding)
+    return Captured(tuple(found))
+
+
+def _name_results_in_place(graph: fx.Graph) -> None:
+    """What uses a tensor after ``tensor.relu_()`` is to use the call's result, which is that tensor."""
+    for node in graph.nodes:
+        if node.target in IN_PLACE and node.all_input_nodes:
+            changed = node.all_input_nodes[0]
+            later = set()
+            follower = node.next
+            while follower.op != "root":
+                later.add(follower)
+                follower = follower.next
+            changed.replace_all_uses_with(node, delete_user_cb=later.__contains__)
+
+
+@dataclass
+class _Match:
+    """A run found in a graph: its nodes in order, the options of the fused operator."""
+
+    nodes: list[fx.Node]
+    activation: str = "identity"
+    pool: str = "none"
+
+    def follow(self) -> None:
+        """Take in the activations and the pooling behind the convolution.
+
+        Raises:
+            LeftAlone: they do not make a run.
+        """
+        while self.pool == "none":
+            kind, value = self._take_next()
+            if kind == "pool":
+                self.pool = value
+            elif value != "identity":
+                if self.activation != "identity":
+                    raise LeftAlone("two activations come before the pooling")
+                self.activation = value
+        if self.pool == "max" and self.activation == "identity":
+            with contextlib.suppress(LeftAlone):
+                self._follow_pooling()
+        _check_between(self.nodes)
+
+    def _follow_pooling(self) -> None:
+        """Take in an activation behind a max pooling: it is nondecreasing, so it may as well come before.
+
+        Raises:
+            LeftAlone: there is none.
+        """
+        longer = _Match(list(self.nodes))
+        value = "identity"
+        while value == "identity":
+            kind, value = longer._take_next()
+            if kind != "activation":
+                return
+        _check_between(longer.nodes)
+        self.nodes, self.activation = longer.nodes, value
+
+    def _take_next(self) -> Part:
+        node = _only_user(self.nodes[-1])
+        self.nodes.append(node)
+        if _is_product(node, reference.SCALED_TANH_SLOPE):
+            tanh = self._take_next()
+            scaled = _only_user(self.nodes[-1])
+            self.nodes.append(scaled)
+            if tanh == ("activation", "tanh") and _is_product(scaled, reference.SCALED_TANH_AMPLITUDE):
+                return Part("activation", "scaled_tanh")
+            raise Foreign(f"{call_text(node)} comes before any pooling")
+        try:
+            part = read_call(node)
+        except Foreign:
+            if layer := _layer(node):
+                raise foreign_layer(layer[1]) from None
+            raise
+        if part.kind == "convolution":
+            raise LeftAlone(NO_POOLING)
+        return part
+
+    def replace(self, graph: fx.Graph, padding: int | str) -> None:
+        """Put the fused operator in the place of the run."""
+        convolution, last = self.nodes[0], self.nodes[-1]
+        given = conv_arguments(convolution)
+        with graph.inserting_before(convolution):
+            fused = graph.call_function(
+                functional.conv_act_pool,
+                (given["input"], given["weight"], given.get("bias")),
+                {"padding": padding, "activation": self.activation, "pool": self.pool},
+            )
+        fused.meta.update(last.meta)
+        last.replace_all_uses_with(fused)
+        for node in reversed(self.nodes):
+            graph.erase_node(node)
+
+
+def _check_between(nodes: list[fx.Node]) -> None:
+    """Nothing that computes no value (it switches gradients or autocast, say) may stand between the nodes of a run."""
+    node = nodes[0]
+    while node is not nodes[-1]:
+        if node.op in ("call_function", "call_method") and node.meta.get("example_value") is None:
+            raise LeftAlone(f"{call_text(node)} comes before its pooling")
+        node = node.next
+
+
+def _only_user(node: fx.Node) -> fx.Node:
+    users = list(node.users)
+    if len(users) != 1:
+        raise LeftAlone(f"the result of {_name(node)} is used {len(users)} times")
+    if users[0].op == "output":
+        raise LeftAlone(NO_POOLING)
+    return users[0]
+
+
+def _is_product(node: fx.Node, factor: float) -> bool:
+    return node.op == "call_function" and node.target in (operator.mul, torch.mul) and factor in node.args
+
+
+def _layer(node: fx.Node) -> tuple[str, type] | None:
+    """Where the layer is that a node belongs to, and its type, if it is one of PyTorch's or of this package."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return None
+    path, kind = list(stack.values())[-1]
+    if not kind.__module__.startswith(_LIBRARIES) or issubclass(kind, _CONTAINERS):
+        return None
+    return re.sub(r"^L\['\w+'\]\.?", "", path), kind
+
+
+def _name(node: fx.Node) -> str:
+    layer = _layer(node)
+    return layer[0] if layer else label(node)
