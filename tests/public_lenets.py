@@ -376,9 +376,7 @@ class RayTuneMnist(nn.Module):
         return F.log_softmax(x, dim=1)
 
 
-@lenet(
-    "opacus-mnist", fused=(0, 0), unfused="strided convolutions, pooling of stride 1", autograd="strided convolution"
-)
+@lenet("opacus-mnist", fused=(0, 0), unfused="strides, overlapping pooling", autograd="strided convolution")
 class OpacusMnist(nn.Module):
     """Opacus' MNIST example: strided 8x8 and 4x4 convolutions, overlapping pooling."""
 
@@ -1463,9 +1461,7 @@ class StochasticDepth(SmallLeNet):
         return self.fc(x.view(x.size(0), -1))
 
 
-@lenet(
-    "auxiliary-head", autograd="a second head", scores=lambda output: output[0] if isinstance(output, tuple) else output
-)
+@lenet("auxiliary-head", autograd="a second head", scores=first_of_some)
 class AuxiliaryHead(nn.Module):
     """A head on the first stage, as GoogLeNet has them: two results in training, one in evaluation."""
 
@@ -1613,13 +1609,7 @@ class FunctionalWeights(nn.Module):
         return x
 
 
-@lenet(
-    "sparse-c3",
-    shape=(1, 32, 32),
-    fused=(0, 0),
-    unfused="poolings have coefficients of their own",
-    autograd="C3 in slices",
-)
+@lenet("sparse-c3", shape=(1, 32, 32), fused=(1, 1), autograd="C3 in slices, poolings with coefficients")
 class SparseC3(nn.Module):
     """LeCun's LeNet-5 to the letter: C3 as a convolution for every map, subsampling with a coefficient."""
 

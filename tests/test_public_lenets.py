@@ -117,7 +117,7 @@ def test_fused_operators(entry):
 def alike(action):
     """A test that does `action(model, entry)`, which returns named tensors, to both models.
 
-    Where the plain model refuses (`view` of channels_last maps, a Function without a vmap), the other one may do so too.
+    Where the plain model refuses (`view` of channels_last maps, a Function without a vmap), the other one may, too.
     """
 
     def check(entry):
@@ -409,6 +409,8 @@ def compiled(model, entry):
 
 def by_name(entry):
     """`torch.compile(model, backend="lenet_fast")`."""
+    if "lenet_fast" not in torch.compiler.list_backends():
+        pytest.skip("the package was installed before it named its backend: pip install -e . again")
     model = torch.compile(entry.model(torch.float64), backend="lenet_fast")
     expected = {f"_orig_mod.{name}": value for name, value in outcome(entry.model(torch.float64), entry).items()}
     found = outcome(model, entry)
