@@ -1,4 +1,4 @@
-"""The table of docs/public_lenets.md, drawn from tests/public_lenets.py and results/lenets_cpu.csv.
+"""The table of docs/public_lenets.md, drawn from tests/public_lenets/ and results/lenets_cpu.csv.
 
 python benchmarks/lenets_table.py              # prints it
 python benchmarks/lenets_table.py --write      # and puts it into the file
