@@ -13,7 +13,7 @@ import copyreg
 import logging
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,9 +21,10 @@ import torch
 from torch import nn
 
 from .dynamo import call_compiled
-from .fusable import ACTIVATIONS, POOLS, is_observed
+from .eager import is_intercepted
+from .fusable import ACTIVATIONS, NO_POOLING, POOLS, is_observed
 from .nn import ConvActPool2d, FusedConv2d
-from .runs import Captured, CapturedRun
+from .runs import NOT_CALLED, Captured, CapturedRun, read_sequential
 
 __all__ = ["Report", "Run", "accelerate", "report", "restore"]
 
@@ -37,6 +38,11 @@ class Run:
 
     layers: tuple[str, ...]
     reason: str | None = None
+
+    def within(self, path: str) -> "Run":
+        """The same as seen from a module that contains this one under `path`."""
+        layers = (name if name.endswith("()") or not path else f"{path}.{name}" for name in self.layers)
+        return Run(tuple(layers), self.reason)
 
     def __str__(self) -> str:
         return " + ".join(self.layers) + (f": {self.reason}" if self.reason else "")
@@ -75,8 +81,8 @@ def accelerate(model: Model) -> Model:
     Plain PyTorch runs where other tools look on: under `torch.jit.trace`, `torch.export`, `torch.func`'s transforms,
     `FakeTensorMode`, other dispatch modes, and within `torch.compile`, whose own backend gets the graph.
 
-    Logs what is fused (INFO) and what is left alone and why (WARNING) to the logger "lenet_fast.accelerate" in the first
-    call; `report` returns the same. The kernels take 16 images at a time: smaller batches gain little or lose.
+    Logs what is fused (INFO) and what is left alone and why (WARNING) to the logger "lenet_fast.accelerate" in the
+    first call; `report` returns the same. The kernels take 16 images at a time: smaller batches gain little or lose.
 
     A convolution without pooling is left alone. Fused with its activation only, one of LeNet-5's size (below 2,500
     weights) trains 1.3-2.5x faster at batch 128, but one of more than 4,000 runs at 0.4-0.8 of the plain speed, and all
@@ -92,6 +98,59 @@ def accelerate(model: Model) -> Model:
         if isinstance(module, FusedConv2d) and module.backend == "reference":
             module.backend = "auto"  # undoes `restore`
     return model
+
+
+def report(model: nn.Module, *example_inputs: Any) -> Report:
+    """What runs fused in `model`, and what is left alone and why: every Conv2d is in the report, the model stays as is.
+
+    Of an accelerated model it tells what was compiled for the calls until now; a convolution that runs fused in one of
+    them and not in another (in training mode, say) is told of twice. Of any other model, or before the first call, it
+    knows nn.Sequential alone, unless there are example inputs.
+
+    Args:
+        model: accelerated or not.
+        example_inputs: arguments of a call. A deep copy of the model is called with them, without gradients: layers and
+            random generators stay as they are, while what the forward does elsewhere (it prints, say) happens.
+
+    Raises:
+        TypeError: `model` is no nn.Module.
+    """
+    _check_module(model)
+    if example_inputs:
+        model = _called_copy(model, example_inputs)
+    found: dict[Run, None] = {}
+    for path, module in model.named_modules():
+        if record := _attached(module):
+            found.update((run.within(path), None) for run in record.runs())
+    if not found and type(model).forward is nn.Sequential.forward and not is_observed(model):
+        found.update((Run(run.parts, run.reason), None) for run in read_sequential(model))
+    seen = {run.layers[0] for run in found}
+    for path, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d) and path not in seen:
+            found[Run((path or type(layer).__name__,), _why_not_seen(model, path))] = None
+    return Report(tuple(r for r in found if not r.reason), tuple(r for r in found if r.reason))
+
+
+def _called_copy(model: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
+    model = accelerate(copy.deepcopy(model))
+    devices = {tensor.device.index for tensor in model.parameters() if tensor.is_cuda}
+    with torch.no_grad(), torch.random.fork_rng(sorted(devices)):
+        model(*copy.deepcopy(inputs))
+    return model
+
+
+def _why_not_seen(model: nn.Module, path: str) -> str:
+    """Why no graph that was compiled contains a convolution."""
+    if not path:
+        return NO_POOLING
+    called = False
+    while path:
+        path = path.rpartition(".")[0]
+        record = _attached(model.get_submodule(path))
+        if record and record.breaks:
+            return f"PyTorch runs its forward, as Dynamo says: {next(iter(record.breaks))}"
+        called |= bool(record and record.called)
+    return "no call has reached it" if called else NOT_CALLED
 
 
 def restore(model: Model) -> Model:
@@ -129,32 +188,31 @@ _SLOT = "_compiled_call_impl"  # where nn.Module.compile puts what calls of the 
 _CALL = nn.Module._wrapped_call_impl.__code__  # what looks there
 
 
-class _Attachment:
-    """What an accelerated module runs when it is called, and what was read of its forward."""
+class _Record:
+    """What was read of an accelerated module's forward."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = weakref.ref(model)
+    def __init__(self, model: weakref.ref[nn.Module]) -> None:
+        self._model = model
         self.graphs: dict[Captured, tuple[Run, ...]] = {}
         self.breaks: dict[str, None] = {}
-        self.calls = 0
+        self.called = False
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        model = self._model()
-        if not torch.compiler.is_compiling():
-            caller = sys._getframe(1)
-            if caller.f_code is _CALL and (called := caller.f_locals["self"]) is not model:
-                return called._call_impl(*args, **kwargs)  # it took over the model's __dict__: DataParallel's replicas
-        return call_compiled(self, model, *args, **kwargs)
+    def take_first_call(self) -> None:
+        """Warn of what no graph of the first call contains."""
+        self.called = True
+        _warn(run for run in report(self._model()).left_alone if run not in self.runs())
+
+    def runs(self) -> dict[Run, None]:
+        return {run: None for runs in self.graphs.values() for run in runs}
 
     def add(self, graph: Captured, inputs: tuple[Any, ...]) -> None:
-        self.graphs[graph] = runs = tuple(self._named(run, inputs) for run in graph.runs)
-        known = {run for graph, found in self.graphs.items() for run in found}
-        for run in runs:
+        known = self.runs()
+        self.graphs[graph] = tuple(self._named(run, inputs) for run in graph.runs)
+        new = [run for run in self.graphs[graph] if run not in known]
+        for run in new:
             if not run.reason:
                 _log.info("fused %s", run)
-        left_alone = [run for run in runs if run.reason]
-        if left_alone:
-            _log.warning("left alone:\n%s", "\n".join(f"  {run}" for run in left_alone))
+        _warn(run for run in new if run.reason)
 
     def add_break(self, reason: str) -> None:
         self.breaks[reason] = None
@@ -172,9 +230,13 @@ class _Attachment:
         return Run(tuple(parts), run.reason)
 
 
-def _attached(module: nn.Module) -> _Attachment | None:
-    attachment = module.__dict__.get(_SLOT)
-    return attachment if isinstance(attachment, _Attachment) else None
+def _warn(left_alone: Iterable[Run]) -> None:
+    if lines := [f"  {run}" for run in left_alone]:
+        _log.warning("left alone:\n%s", "\n".join(lines))
+
+
+def _attached(module: nn.Module) -> _Record | None:
+    return getattr(module.__dict__.get(_SLOT), "lenet_fast_record", None)
 
 
 def _may_attach(module: nn.Module) -> bool:
@@ -186,16 +248,36 @@ def _may_attach(module: nn.Module) -> bool:
 
 
 def _attach(module: nn.Module) -> None:
-    module.__dict__[_SLOT] = _Attachment(module)
+    reference = weakref.ref(module)  # the module frees its parameters with its last reference, not with a collection
+    record = _Record(reference)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        model = reference()
+        if torch.compiler.is_compiling():
+            return call_compiled(record, model, *args, **kwargs)
+        caller = sys._getframe(1)
+        if caller.f_code is _CALL and (called := caller.f_locals["self"]) is not model:
+            return called._call_impl(*args, **kwargs)  # it took over the model's __dict__: DataParallel's replicas
+        if record.called or is_intercepted():
+            return call_compiled(record, model, *args, **kwargs)
+        output = call_compiled(record, model, *args, **kwargs)
+        record.take_first_call()
+        return output
+
+    call.lenet_fast_record = record  # type: ignore[attr-defined]  # a function, which torch.jit.script lets be
+    module.__dict__[_SLOT] = call
     copyreg.dispatch_table.setdefault(type(module), _reduce)
 
 
 def _reduce(module: nn.Module) -> Any:
-    """How modules of a class that has accelerated ones are copied and pickled: they stay what they are."""
+    """How modules of a class that has accelerated ones are copied and pickled: accelerated ones stay so."""
     reduced = module.__reduce_ex__(2)
-    if _attached(module) and isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__:
-        return _new_accelerated, *reduced[1:]
-    return reduced
+    if not _attached(module) or not isinstance(reduced, tuple) or reduced[0] is not copyreg.__newobj__:
+        return reduced
+    _, arguments, state, *rest = reduced
+    if isinstance(state, dict):
+        state = {name: value for name, value in state.items() if name != _SLOT}
+    return _new_accelerated, arguments, state, *rest
 
 
 def _new_accelerated(cls: type[nn.Module], *args: Any) -> nn.Module:

@@ -193,7 +193,7 @@ class _Converter:
         for reason in graph_break_reasons[breaks:]:
             self._tell_break(reason.reason)
         if result.frame_exec_strategy.cur_action is FrameAction.RUN_ONLY:
-            _log.warning("%s: Dynamo compiled %s %d times; new kinds of calls run unfused", self._name, frame.f_code.co_name, limit)
+            _log.warning("%s: new kinds of calls run unfused, %d are compiled", self._name, limit)
         elif result.guarded_code is None and frame.f_code is self._code:
             # A failure would have Dynamo skip all later calls of all models of the class.
             self._failures += 1
@@ -205,4 +205,11 @@ class _Converter:
 
     def _tell_break(self, reason: str) -> None:
         if _current.listener is not None:
-            _current.listener.add_break(reason.strip().splitlines()[0])
+            _current.listener.add_break(_first_sentence(reason))
+
+
+def _first_sentence(reason: str) -> str:
+    """Dynamo's explanation of a break, or else the first line of what it says."""
+    lines = reason.strip().splitlines() or [""]
+    explained = [line for line in lines if line.strip().startswith("Explanation:")]
+    return (explained or lines)[0].strip().removeprefix("Explanation:").strip()

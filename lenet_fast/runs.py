@@ -1,12 +1,14 @@
 """Runs of convolution, activation and pooling in a graph of Dynamo's, and the fused operator in the place of each."""
 
 import contextlib
+import dataclasses
 import operator
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from . import functional, reference
 from .fusable import (
@@ -19,11 +21,15 @@ from .fusable import (
     check_size,
     conv_arguments,
     foreign_layer,
+    is_observed,
     label,
     read_call,
+    read_layer,
 )
 
-__all__ = ["Captured", "CapturedRun", "fuse"]
+__all__ = ["NOT_CALLED", "Captured", "CapturedRun", "fuse", "read_sequential"]
+
+NOT_CALLED = "not called yet: call the accelerated model, or give `report` example inputs"
 
 # Layers of these are named in reports by where they are in the model; within other modules, functions by their names.
 _LIBRARIES = ("torch.nn.", "lenet_fast.")
@@ -53,25 +59,48 @@ class Captured:
 
 def fuse(graph: fx.Graph) -> Captured:
     """Put the fused operator in the place of every run in a graph of Dynamo's."""
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
     _name_results_in_place(graph)
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
     found = []
     for node in list(graph.nodes):
-        if node.op != "call_function" or node.target is not torch.conv2d:
-            continue
-        weight = conv_arguments(node)["weight"]
-        match, reason = _Match([node]), None
-        try:
-            match.follow()
-            padding = read_call(node).value
-            check_size(weight.meta["example_value"])
-        except LeftAlone as why:
-            reason = str(why)
-        names = dict.fromkeys(map(_name, match.nodes if reason is None else [node]))
-        found.append(CapturedRun(tuple(names), inputs.index(weight) if weight in inputs else None, reason))
-        if reason is None:
-            match.replace(graph, padding)
+        if node.op == "call_function" and node.target is torch.conv2d:
+            match, run = _find(node)
+            weight = conv_arguments(node)["weight"]
+            found.append(dataclasses.replace(run, weight=inputs.index(weight) if weight in inputs else None))
+            if run.reason is None:
+                match.replace(graph)
     return Captured(tuple(found))
+
+
+def read_sequential(model: nn.Sequential) -> Iterator[CapturedRun]:
+    """What `fuse` would find in a Sequential that was not called yet, as far as its layers tell."""
+    graph = fx.Graph()
+    node = graph.placeholder("input")
+    for name, layer in _layers(model, ""):
+        node = graph.create_node("call_module", name, (node,))
+        node.meta = {"layer": layer, "nn_module_stack": {"": (name, type(layer))}, "example_value": ...}
+    graph.output(node)
+    for node in graph.nodes:
+        if node.op == "call_module" and isinstance(node.meta["layer"], nn.Conv2d):
+            yield _find(node)[1]
+
+
+def _layers(model: nn.Sequential, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, layer in model._modules.items():
+        if type(layer) is nn.Sequential and not is_observed(layer):
+            yield from _layers(layer, f"{prefix}{name}.")
+        elif type(layer) is not nn.Identity:
+            yield prefix + name, layer
+
+
+def _find(node: fx.Node) -> tuple["_Match", CapturedRun]:
+    """The run that starts with a convolution, or why it is left alone."""
+    match = _Match([node])
+    try:
+        match.follow()
+    except LeftAlone as why:
+        return match, CapturedRun((_name(node),), None, str(why))
+    return match, CapturedRun(tuple(dict.fromkeys(map(_name, match.nodes))), None, None)
 
 
 def _name_results_in_place(graph: fx.Graph) -> None:
@@ -92,6 +121,7 @@ class _Match:
     """A run found in a graph: its nodes in order, the options of the fused operator."""
 
     nodes: list[fx.Node]
+    padding: int | str = 0
     activation: str = "identity"
     pool: str = "none"
 
@@ -101,6 +131,7 @@ class _Match:
         Raises:
             LeftAlone: they do not make a run.
         """
+        self.padding = _read(self.nodes[0]).value
         while self.pool == "none":
             kind, value = self._take_next()
             if kind == "pool":
@@ -113,6 +144,7 @@ class _Match:
             with contextlib.suppress(LeftAlone):
                 self._follow_pooling()
         _check_between(self.nodes)
+        check_size(_weight(self.nodes[0]))
 
     def _follow_pooling(self) -> None:
         """Take in an activation behind a max pooling: it is nondecreasing, so it may as well come before.
@@ -139,17 +171,12 @@ class _Match:
             if tanh == ("activation", "tanh") and _is_product(scaled, reference.SCALED_TANH_AMPLITUDE):
                 return Part("activation", "scaled_tanh")
             raise Foreign(f"{call_text(node)} comes before any pooling")
-        try:
-            part = read_call(node)
-        except Foreign:
-            if layer := _layer(node):
-                raise foreign_layer(layer[1]) from None
-            raise
+        part = _read(node)
         if part.kind == "convolution":
             raise LeftAlone(NO_POOLING)
         return part
 
-    def replace(self, graph: fx.Graph, padding: int | str) -> None:
+    def replace(self, graph: fx.Graph) -> None:
         """Put the fused operator in the place of the run."""
         convolution, last = self.nodes[0], self.nodes[-1]
         given = conv_arguments(convolution)
@@ -157,12 +184,35 @@ class _Match:
             fused = graph.call_function(
                 functional.conv_act_pool,
                 (given["input"], given["weight"], given.get("bias")),
-                {"padding": padding, "activation": self.activation, "pool": self.pool},
+                {"padding": self.padding, "activation": self.activation, "pool": self.pool},
             )
         fused.meta.update(last.meta)
         last.replace_all_uses_with(fused)
         for node in reversed(self.nodes):
             graph.erase_node(node)
+
+
+def _read(node: fx.Node) -> Part:
+    """What a node is to a run; raises LeftAlone if it is nothing."""
+    if node.op == "call_module":
+        layer = node.meta["layer"]
+        if _layer(node) is None or is_observed(layer):
+            raise LeftAlone(NOT_CALLED)
+        if isinstance(layer, nn.modules.dropout._DropoutNd) and not (layer.training and layer.p):
+            return Part("activation", "identity")
+        return read_layer(layer)
+    try:
+        return read_call(node)
+    except Foreign:
+        if layer := _layer(node):
+            raise foreign_layer(layer[1]) from None
+        raise
+
+
+def _weight(convolution: fx.Node) -> Tensor:
+    if convolution.op == "call_module":
+        return convolution.meta["layer"].weight
+    return conv_arguments(convolution)["weight"].meta["example_value"]
 
 
 def _check_between(nodes: list[fx.Node]) -> None:
