@@ -73,14 +73,13 @@ def pair(entry, dtype=torch.float64):
     return entry.model(dtype), lf.accelerate(entry.model(dtype))
 
 
-def fused_operators(model, entry, dtype=torch.float64):
-    """How many fused operators a forward calls."""
-    model(*entry.inputs(dtype=dtype))  # compiles
+def fused_operators(action, *arguments):
+    """How many fused operators `action(*arguments)` calls, and what it returns."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        model(*entry.inputs(dtype=dtype))
+        result = action(*arguments)
     counts = {event.key: event.count for event in profile.key_averages()}
     # one within the other where gradients are recorded
-    return max(counts.get(f"lenet_fast::{name}", 0) for name in ("conv_act_pool", "_conv_recording"))
+    return max(counts.get(f"lenet_fast::{name}", 0) for name in ("conv_act_pool", "_conv_recording")), result
 
 
 def test_the_collection():
@@ -93,21 +92,20 @@ def test_the_collection():
 
 
 @nets
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-def test_outputs_gradients_and_buffers(entry, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "share"), [(torch.float64, 1e-10), (torch.float32, 3e-5)], ids=["float64", "float32"]
+)
+def test_outputs_gradients_and_buffers(entry, dtype, share):
+    """In training, in evaluation, and in training again; the second time, fused operators are counted."""
     plain, fast = pair(entry, dtype)
-    for training in (True, False, True):
+    for training in (True, False):
         expected = outcome(plain.train(training), entry, dtype)
-        share = 1e-10 if dtype == torch.float64 else 3e-5
         assert_same(outcome(fast.train(training), entry, dtype), expected, share)
+    for training, expected_count in zip((True, False), entry.fused, strict=True):
+        count, found = fused_operators(outcome, fast.train(training), entry, dtype)
+        assert_same(found, outcome(plain.train(training), entry, dtype), share)
+        assert count == expected_count
     assert vars(fast).get("iter_num") == vars(plain).get("iter_num")
-
-
-@nets
-def test_fused_operators(entry):
-    plain, fast = pair(entry)
-    assert fused_operators(plain, entry) == 0
-    assert (fused_operators(fast.train(), entry), fused_operators(fast.eval(), entry)) == entry.fused
 
 
 # --- what else people do with their networks -------------------------------------------------------------------------
@@ -347,28 +345,33 @@ def double_backward(model, entry):
     return {"images": gradient.detach(), **dict(zip(dict(model.named_parameters()), gradients, strict=True))}
 
 
-@alike
-def deepcopied(model, entry):
-    outcome(model, entry)
-    twin = copy.deepcopy(model)
-    with torch.no_grad():
-        next(model.parameters()).zero_()
-    return outcome(twin, entry)
+def duplicates(duplicate):
+    def check(entry):
+        """The copy of a model that has run is fused too, and its own."""
+        plain, fast = pair(entry)
+        for model in (plain, fast):
+            with torch.no_grad():
+                seed()
+                model(*entry.inputs(dtype=torch.float64))
+        twin = duplicate(fast)
+        with torch.no_grad():
+            next(fast.parameters()).zero_()
+        count, found = fused_operators(outcome, twin, entry)
+        assert_same(found, outcome(plain, entry))
+        assert count == entry.fused[0]
+
+    return check
 
 
-@alike
-def pickled(model, entry):
-    outcome(model, entry)
-    return outcome(pickle.loads(pickle.dumps(model)), entry)
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
 
 
-@alike
-def saved(model, entry):
-    outcome(model, entry)
+def saved(model):
     memory = io.BytesIO()
     torch.save(model, memory)
     memory.seek(0)
-    return outcome(torch.load(memory, weights_only=False), entry)
+    return torch.load(memory, weights_only=False)
 
 
 @pytest.fixture(scope="module")
@@ -463,8 +466,9 @@ def converted(model, entry):
 def restored(model, entry):
     outcome(model, entry)
     lf.restore(model)
-    assert fused_operators(model, entry) == 0
-    return outcome(model, entry)
+    count, found = fused_operators(outcome, model, entry)
+    assert count == 0
+    return found
 
 
 FEATURES = {
@@ -485,9 +489,9 @@ FEATURES = {
     "functional_call": functional_call,
     "vmap-of-grad": per_sample_gradients,
     "double-backward": double_backward,
-    "deepcopy": deepcopied,
-    "pickle": pickled,
-    "torch.save": saved,
+    "deepcopy": duplicates(copy.deepcopy),
+    "pickle": duplicates(pickled),
+    "torch.save": duplicates(saved),
     "ddp": distributed,
     "export": exported,
     "jit.trace": traced,
