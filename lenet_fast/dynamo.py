@@ -7,6 +7,7 @@ Importing this module imports no part of Dynamo, which takes a second: that happ
 
 import functools
 import logging
+import os
 import threading
 import types
 import weakref
@@ -55,8 +56,7 @@ def backend(
         raise ValueError(f"mode: expected none for the backend lenet_fast, got {mode!r}")
     if options:
         raise ValueError(f"options: expected 'inductor' alone, got {', '.join(map(repr, options))}")
-    fuse(graph_module.graph)
-    graph_module.recompile()
+    fuse(graph_module)
     if not with_inductor:
         return graph_module.forward
     from torch._inductor.compile_fx import compile_fx
@@ -96,6 +96,7 @@ class Listener(Protocol):
 
 class _Current(threading.local):
     listener: Listener | None = None
+    converts = False
 
 
 _current = _Current()
@@ -126,10 +127,22 @@ def _plain_call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 _compiled: weakref.WeakKeyDictionary[type, Callable[..., Any]] = weakref.WeakKeyDictionary()
 
 
+def _is_wanted(record: logging.LogRecord) -> bool:
+    """Whether PyTorch may log a record: what it says of frames that run as they are is a matter of `report`."""
+    return not _current.converts or "TORCH_LOGS" in os.environ
+
+
+@functools.cache
+def _quieten() -> None:
+    for name in ("torch._subclasses.fake_tensor", "torch._dynamo.variables.tensor", "torch._dynamo.convert_frame"):
+        logging.getLogger(name).addFilter(_is_wanted)
+
+
 def _compile(cls: type[nn.Module]) -> Callable[..., Any]:
     """The call of a model of this class, compiled; Dynamo keeps what it compiles with the function's code object."""
     import torch._dynamo
 
+    _quieten()
     code = _plain_call.__code__.replace(co_name=f"call_{cls.__name__}")
     function = types.FunctionType(code, globals(), code.co_name)
     try:
@@ -146,8 +159,7 @@ def _compile(cls: type[nn.Module]) -> Callable[..., Any]:
 
 def _fuse_and_tell(graph_module: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
     """As `backend`; tells the listener of each call."""
-    graph = fuse(graph_module.graph)
-    graph_module.recompile()
+    graph = fuse(graph_module)
     forward = graph_module.forward
 
     def run(*inputs: Any) -> Any:
@@ -179,6 +191,7 @@ class _Converter:
         from torch._dynamo.utils import graph_break_reasons
 
         breaks = len(graph_break_reasons)
+        outer, _current.converts = _current.converts, True
         limit = max(_COMPILATIONS, config.recompile_limit)
         accumulated = max(limit, config.accumulated_recompile_limit)
         run_only = FrameExecStrategy(FrameAction.RUN_ONLY, FrameAction.RUN_ONLY)
@@ -190,6 +203,8 @@ class _Converter:
         except Exception as error:
             self._tell_break(f"{type(error).__name__}: {error}")
             result = ConvertFrameReturn(apply_to_code=False)
+        finally:
+            _current.converts = outer
         for reason in graph_break_reasons[breaks:]:
             self._tell_break(reason.reason)
         if result.frame_exec_strategy.cur_action is FrameAction.RUN_ONLY:
