@@ -57,6 +57,7 @@ def backend(
     if options:
         raise ValueError(f"options: expected 'inductor' alone, got {', '.join(map(repr, options))}")
     fuse(graph_module)
+    _guard_hooks()
     if not with_inductor:
         return graph_module.forward
     from torch._inductor.compile_fx import compile_fx
@@ -64,19 +65,15 @@ def backend(
     return compile_fx(graph_module, example_inputs)
 
 
-class _HookGuards:
-    """While a call may be compiled: guards see hooks that are added later, which they do not by default."""
+def _guard_hooks() -> None:
+    """Have the graph that is being compiled guarded against hooks that are added later, which PyTorch leaves out."""
+    from torch._dynamo.guards import GuardBuilder
+    from torch._guards import TracingContext
 
-    def __enter__(self) -> None:
-        from torch._dynamo import config
-
-        self._restore = config._make_closure_patcher(skip_nnmodule_hook_guards=False)()
-
-    def __exit__(self, *exception: object) -> None:
-        self._restore()
-
-
-backend.backend_ctx_ctor = _HookGuards  # type: ignore[attr-defined]  # PyTorch enters one in every call
+    guards = TracingContext.get().guards_context.dynamo_guards
+    for guard in list(guards):
+        if guard.create_fn_name() == "EMPTY_NN_MODULE_HOOKS_DICT":
+            guards.add(guard.originating_source.make_guard(GuardBuilder.SEQUENCE_LENGTH))
 
 
 # --- calls of models -------------------------------------------------------------------------------------------------
@@ -109,7 +106,12 @@ def compiled_forward(model: nn.Module) -> Callable[..., Any]:
 
 def call_compiled(listener: Listener | None, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Call `model` with its runs fused; plainly where other tools look on, which have to see PyTorch's operators."""
-    if torch.compiler.is_compiling() or is_intercepted():
+    if torch.compiler.is_dynamo_compiling():  # `torch.compile` of the model, say
+        from torch._dynamo.comptime import comptime
+
+        comptime(_fuse_before_other_backends)
+        return model._call_impl(*args, **kwargs)
+    if torch.compiler.is_compiling() or is_intercepted() or torch.fx._symbolic_trace.is_fx_symbolic_tracing():
         return model._call_impl(*args, **kwargs)
     compiled = _compiled.get(type(model)) or _compile(type(model))
     outer = _current.listener
@@ -169,6 +171,18 @@ def _fuse_and_tell(graph_module: fx.GraphModule, example_inputs: list[Tensor]) -
         return forward(*inputs)
 
     return run
+
+
+def _fuse_before_other_backends(context: Any) -> None:
+    """Have the backend that Dynamo is reading a graph for get it with its runs fused."""
+    output = context._ComptimeContext__tx.output
+    compile_graph = output.compiler_fn
+
+    def fuse_and_compile(graph_module: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
+        fuse(graph_module)
+        return compile_graph(graph_module, example_inputs)
+
+    output.compiler_fn = fuse_and_compile
 
 
 class _Converter:
