@@ -219,14 +219,17 @@ class _Record:
 
     def _named(self, run: CapturedRun, inputs: tuple[Any, ...]) -> Run:
         """The run with its layers' names in the model, which may be other than those where the graph starts."""
-        seen = run.parts[0]
-        names = [name for name, layer in self._model().named_modules() if isinstance(layer, nn.Conv2d)]
-        names = [name for name in names if name == seen or name.endswith(f".{seen}")]
+        model = self._model()
+        seen = run.parts[0].split(".")
+        names = {name: layer for name, layer in model.named_modules() if name.rpartition(".")[2] == seen[-1]}
         if run.weight is not None:
             weight = inputs[run.weight]
-            names = [n for n in names if self._model().get_submodule(n)._parameters.get("weight") is weight] or names
-        prefix = names[0].removesuffix(seen) if names else ""
-        parts = (part if part.endswith("()") else prefix + part for part in run.parts)
+            names = {name: n for name, n in names.items() if n._parameters.get("weight") is weight} or names
+        own = next(iter(names), run.parts[0]).split(".")
+        while seen and own and seen[-1] == own[-1]:
+            seen, own = seen[:-1], own[:-1]
+        start, prefix = "".join(f"{name}." for name in seen), "".join(f"{name}." for name in own)
+        parts = (part if part.endswith("()") else prefix + part.removeprefix(start) for part in run.parts)
         return Run(tuple(parts), run.reason)
 
 

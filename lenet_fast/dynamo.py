@@ -7,6 +7,7 @@ Importing this module imports no part of Dynamo, which takes a second: that happ
 
 import functools
 import logging
+import os
 import threading
 import types
 import weakref
@@ -55,8 +56,8 @@ def backend(
         raise ValueError(f"mode: expected none for the backend lenet_fast, got {mode!r}")
     if options:
         raise ValueError(f"options: expected 'inductor' alone, got {', '.join(map(repr, options))}")
-    fuse(graph_module.graph)
-    graph_module.recompile()
+    fuse(graph_module)
+    _guard_hooks()
     if not with_inductor:
         return graph_module.forward
     from torch._inductor.compile_fx import compile_fx
@@ -64,19 +65,15 @@ def backend(
     return compile_fx(graph_module, example_inputs)
 
 
-class _HookGuards:
-    """While a call may be compiled: guards see hooks that are added later, which they do not by default."""
+def _guard_hooks() -> None:
+    """Have the graph that is being compiled guarded against hooks that are added later, which PyTorch leaves out."""
+    from torch._dynamo.guards import GuardBuilder
+    from torch._guards import TracingContext
 
-    def __enter__(self) -> None:
-        from torch._dynamo import config
-
-        self._restore = config._make_closure_patcher(skip_nnmodule_hook_guards=False)()
-
-    def __exit__(self, *exception: object) -> None:
-        self._restore()
-
-
-backend.backend_ctx_ctor = _HookGuards  # type: ignore[attr-defined]  # PyTorch enters one in every call
+    guards = TracingContext.get().guards_context.dynamo_guards
+    for guard in list(guards):
+        if guard.create_fn_name() == "EMPTY_NN_MODULE_HOOKS_DICT":
+            guards.add(guard.originating_source.make_guard(GuardBuilder.SEQUENCE_LENGTH))
 
 
 # --- calls of models -------------------------------------------------------------------------------------------------
@@ -96,6 +93,7 @@ class Listener(Protocol):
 
 class _Current(threading.local):
     listener: Listener | None = None
+    converts = False
 
 
 _current = _Current()
@@ -108,7 +106,12 @@ def compiled_forward(model: nn.Module) -> Callable[..., Any]:
 
 def call_compiled(listener: Listener | None, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Call `model` with its runs fused; plainly where other tools look on, which have to see PyTorch's operators."""
-    if torch.compiler.is_compiling() or is_intercepted():
+    if torch.compiler.is_dynamo_compiling():  # `torch.compile` of the model, say
+        from torch._dynamo.comptime import comptime
+
+        comptime(_fuse_before_other_backends)
+        return model._call_impl(*args, **kwargs)
+    if torch.compiler.is_compiling() or is_intercepted() or torch.fx._symbolic_trace.is_fx_symbolic_tracing():
         return model._call_impl(*args, **kwargs)
     compiled = _compiled.get(type(model)) or _compile(type(model))
     outer = _current.listener
@@ -126,10 +129,22 @@ def _plain_call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 _compiled: weakref.WeakKeyDictionary[type, Callable[..., Any]] = weakref.WeakKeyDictionary()
 
 
+def _is_wanted(record: logging.LogRecord) -> bool:
+    """Whether PyTorch may log a record: what it says of frames that run as they are is a matter of `report`."""
+    return not _current.converts or "TORCH_LOGS" in os.environ
+
+
+@functools.cache
+def _quieten() -> None:
+    for name in ("torch._subclasses.fake_tensor", "torch._dynamo.variables.tensor", "torch._dynamo.convert_frame"):
+        logging.getLogger(name).addFilter(_is_wanted)
+
+
 def _compile(cls: type[nn.Module]) -> Callable[..., Any]:
     """The call of a model of this class, compiled; Dynamo keeps what it compiles with the function's code object."""
     import torch._dynamo
 
+    _quieten()
     code = _plain_call.__code__.replace(co_name=f"call_{cls.__name__}")
     function = types.FunctionType(code, globals(), code.co_name)
     try:
@@ -146,8 +161,7 @@ def _compile(cls: type[nn.Module]) -> Callable[..., Any]:
 
 def _fuse_and_tell(graph_module: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
     """As `backend`; tells the listener of each call."""
-    graph = fuse(graph_module.graph)
-    graph_module.recompile()
+    graph = fuse(graph_module)
     forward = graph_module.forward
 
     def run(*inputs: Any) -> Any:
@@ -157,6 +171,18 @@ def _fuse_and_tell(graph_module: fx.GraphModule, example_inputs: list[Tensor]) -
         return forward(*inputs)
 
     return run
+
+
+def _fuse_before_other_backends(context: Any) -> None:
+    """Have the backend that Dynamo is reading a graph for get it with its runs fused."""
+    output = context._ComptimeContext__tx.output
+    compile_graph = output.compiler_fn
+
+    def fuse_and_compile(graph_module: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
+        fuse(graph_module)
+        return compile_graph(graph_module, example_inputs)
+
+    output.compiler_fn = fuse_and_compile
 
 
 class _Converter:
@@ -179,6 +205,7 @@ class _Converter:
         from torch._dynamo.utils import graph_break_reasons
 
         breaks = len(graph_break_reasons)
+        outer, _current.converts = _current.converts, True
         limit = max(_COMPILATIONS, config.recompile_limit)
         accumulated = max(limit, config.accumulated_recompile_limit)
         run_only = FrameExecStrategy(FrameAction.RUN_ONLY, FrameAction.RUN_ONLY)
@@ -190,6 +217,8 @@ class _Converter:
         except Exception as error:
             self._tell_break(f"{type(error).__name__}: {error}")
             result = ConvertFrameReturn(apply_to_code=False)
+        finally:
+            _current.converts = outer
         for reason in graph_break_reasons[breaks:]:
             self._tell_break(reason.reason)
         if result.frame_exec_strategy.cur_action is FrameAction.RUN_ONLY:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .nn import ScaledTanh
 from .snapshot import HOOKS
@@ -192,7 +193,7 @@ def _called_padding(node: fx.Node) -> int | str:
         value = given.get(name, 1)
         if _pair(value) != (1, 1):
             raise LeftAlone(f"{name} {value!r}")
-    weight = given["weight"].meta["example_value"]
+    weight = example(given["weight"])
     height, width = weight.shape[-2:]
     if height != width:
         raise LeftAlone(f"kernel size {(height, width)} is not square")
@@ -208,6 +209,18 @@ def _called_padding(node: fx.Node) -> int | str:
 def conv_arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of a call of `torch.conv2d` by name."""
     return _arguments(node, ("input", "weight", "bias", "stride", "padding", "dilation", "groups"))
+
+
+def example(node: fx.Node) -> Tensor:
+    """A tensor of the sizes and dtype of a node's.
+
+    Raises:
+        LeftAlone: they are not known, or the tensor is of a kind of its own.
+    """
+    value = node.meta.get("example_value")
+    if not isinstance(value, Tensor) or is_traceable_wrapper_subclass(value):
+        raise LeftAlone(f"nothing is known of {label(node)}")
+    return value
 
 
 def _arguments(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from .fusable import (
     call_text,
     check_size,
     conv_arguments,
+    example,
     foreign_layer,
     is_observed,
     label,
@@ -57,19 +58,26 @@ class Captured:
     runs: tuple[CapturedRun, ...]
 
 
-def fuse(graph: fx.Graph) -> Captured:
-    """Put the fused operator in the place of every run in a graph of Dynamo's."""
-    _name_results_in_place(graph)
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+def fuse(module: fx.GraphModule) -> Captured:
+    """Put the fused operator in the place of every run in a graph of Dynamo's, and in those that it calls."""
     found = []
+    for part in module.modules():  # of a checkpointed or conditional part, say
+        if isinstance(part, fx.GraphModule):
+            found += _fuse_graph(part.graph, is_whole=part is module)
+            part.recompile()
+    return Captured(tuple(found))
+
+
+def _fuse_graph(graph: fx.Graph, *, is_whole: bool) -> Iterator[CapturedRun]:
+    _name_results_in_place(graph)
+    inputs = [node for node in graph.nodes if node.op == "placeholder"] if is_whole else []
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target is torch.conv2d:
             match, run = _find(node)
             weight = conv_arguments(node)["weight"]
-            found.append(dataclasses.replace(run, weight=inputs.index(weight) if weight in inputs else None))
+            yield dataclasses.replace(run, weight=inputs.index(weight) if weight in inputs else None)
             if run.reason is None:
                 match.replace(graph)
-    return Captured(tuple(found))
 
 
 def read_sequential(model: nn.Sequential) -> Iterator[CapturedRun]:
@@ -212,7 +220,7 @@ def _read(node: fx.Node) -> Part:
 def _weight(convolution: fx.Node) -> Tensor:
     if convolution.op == "call_module":
         return convolution.meta["layer"].weight
-    return conv_arguments(convolution)["weight"].meta["example_value"]
+    return example(conv_arguments(convolution)["weight"])
 
 
 def _check_between(nodes: list[fx.Node]) -> None:
