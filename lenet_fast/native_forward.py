@@ -11,7 +11,6 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import backends
 from .eager import PLAIN_TENSORS, check_memory, is_intercepted
-from .links import links_of_layers
 from .memory import out_of_memory
 from .network import Network, NetworkError
 from .nn import FusedConv2d
@@ -166,11 +165,8 @@ class _Reading(Snapshot):
             self._is_ours = False
             return
         try:
-            links = links_of_layers(self.model)
-            network = None if links is None else Network.of(links)
+            network = Network.of(self.model)
         except NetworkError:  # another layer put in, say
-            network = None
-        if network is None:
             self._is_ours = False
             return
         self.tensors = network.tensors()

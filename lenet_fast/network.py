@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import functional, reference
 from .fusable import LeftAlone
-from .links import Link, NetworkError
+from .links import Link, NetworkError, links_of_layers
 from .tables import Connections
 
 __all__ = ["Network", "NetworkError", "SizeError"]
@@ -121,7 +121,19 @@ class Network:
     _flattened: bool = False
 
     @classmethod
-    def of(cls, links: Iterable[Link]) -> "Network":
+    def of(cls, model: nn.Module) -> "Network":
+        """The network of a model whose forward calls one layer after the other, as nn.Sequential's.
+
+        Raises:
+            NetworkError: it is something else; names the part.
+        """
+        links = links_of_layers(model)
+        if links is None:
+            raise NetworkError(f"{type(model).__name__}: a forward that has to be read with a batch")
+        return cls.of_links(links)
+
+    @classmethod
+    def of_links(cls, links: Iterable[Link]) -> "Network":
         """The network of these parts: convolution blocks, flatten, dense layers, perhaps distances.
 
         Raises:

@@ -53,7 +53,7 @@ class Reader:
             if not reading.same_as(readings[0]):
                 raise NetworkError(f"{type(self.model).__name__}: another network for a batch of another size")
         if self._captured is None or not self._captured[0].same_as(readings[0]):
-            self._captured = readings[0], Network.of(self._bound(readings[0]))
+            self._captured = readings[0], Network.of_links(self._bound(readings[0]))
         return self._captured[1]
 
     def _look(self) -> None:
@@ -70,7 +70,7 @@ class Reader:
             if self._snapshot.is_observed:
                 raise NetworkError(f"{_observed(self.model)}: {OBSERVED}")
             if links is not None:
-                self._network = Network.of(links)
+                self._network = Network.of_links(links)
         except NetworkError as error:
             self._refusal = str(error)
 

@@ -75,9 +75,10 @@ class TrainingOperands:
             return missing
         images = self.parameter.new_empty((0, *image))
         data = images, images.new_empty(0, dtype=torch.int64), None, 1, 0.0, 0.0, "sgd", [0.0] * 6, [], 0.0
+        regularisation = [], 0, 0, 0.0
         frozen = [0] * len(self.parameters)
         try:
-            torch.ops.lenet_fast.network_train(numbers, self.tensors, [], [], [], frozen, *data)
+            torch.ops.lenet_fast.network_train(numbers, self.tensors, [], [], [], frozen, *data, *regularisation)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             if _REFUSED not in reason:

@@ -267,6 +267,10 @@ class TrainingSteps:
             settings,
             list(map(float, rates)),
             self._loss.settings()[0],
+            [],
+            0,
+            0,
+            0.0,
             watch,
         )
 
