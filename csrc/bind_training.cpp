@@ -122,6 +122,11 @@ class TrainingRun {
     step_.images.order = positions.order();
     step_.labels = positions.labels();
     step_.extra_score = t_.extra_score;
+    step_.label_smoothing = t_.label_smoothing;
+    step_.drop_step.seed = t_.seed;
+    for (int place = 0; place < g_.num_drops(); ++place) {
+      step_.drop_rules[place] = drop_rules<T>(g_, place);
+    }
     few_memory_ = memory + few_memory;
     step_.thread_memory = memory + thread_memory;
     step_.thread_stride = thread_stride_;
@@ -146,6 +151,7 @@ class TrainingRun {
       one.parameter->update =
           update_of<T>(t_.settings, one.trains, taken + 1, t_.learning_rates[static_cast<size_t>(number)]);
     }
+    step_.drop_step.step = t_.first_step + static_cast<uint32_t>(number);
     step_.factor = static_cast<T>(1.0 / static_cast<double>(batch));
     const auto [loss, right] = is_few(batch) ? take_few(first, batch) : take_blocks(first, batch);
     for (const auto& one : t_.trained) {
@@ -164,6 +170,7 @@ class TrainingRun {
   std::tuple<double, int64_t> take_few(int64_t first, int64_t batch) {
     step_.chunk_begin = first;
     step_.chunk_size = batch;
+    step_.first_image = 0;
     kernel_.train_few(step_, few_memory_);
     return {step_.losses[0], step_.correct[0]};
   }
@@ -176,6 +183,7 @@ class TrainingRun {
     for (int64_t at = 0; at < batch && std::isfinite(loss); at += kChunk) {
       step_.chunk_begin = first + at;
       step_.chunk_size = std::min(kChunk, batch - at);
+      step_.first_image = at;
       step_.first_chunk = at == 0;
       step_.last_chunk = at + kChunk >= batch;
       const int64_t blocks = blocks_of(step_.chunk_size);

@@ -25,7 +25,9 @@ struct Backend {
     const Tensor& like = arguments.parameters[0];
     const CurrentStream stream(like);
     const std::string unserved = why_unserved(like.get_device_index());
-    const char* const reason = !unserved.empty()                         ? unserved.c_str()
+    const char* const reason = !unserved.empty() ? unserved.c_str()
+                               : !arguments.dropout.empty() || arguments.label_smoothing > 0
+                                   ? "dropout or label smoothing"
                                : like.scalar_type() != ScalarType::Float ? "parameters that are not of dtype float32"
                                                                          : why_unsupported(operand.geometry());
     if (reason != nullptr) {

@@ -215,10 +215,12 @@ Images<T> images_of(const Tensor& images, const NetworkGeometry& g, const Tensor
   check_device("images", images, like);
   NetworkOperand::check_contiguous("images", images);
   if (result.are_bytes) {
-    if (images.dim() != 3 || first.in_channels != 1) {
-      fail("images: expected uint8 (N, H, W) for one channel, got ", shape(images));
+    const bool names_channels = images.dim() == 4;
+    if (names_channels ? images.size(1) != first.in_channels : images.dim() != 3 || first.in_channels != 1) {
+      fail("images: expected uint8 (N, ", first.in_channels, ", H, W)", first.in_channels == 1 ? " or (N, H, W)" : "",
+           ", got ", shape(images));
     }
-    result.height = images.size(1), result.width = images.size(2);
+    result.height = images.size(names_channels ? 2 : 1), result.width = images.size(names_channels ? 3 : 2);
     for (const int64_t margin : {first.height - result.height, first.width - result.width}) {
       if (margin < 0 || margin % 2 != 0) {
         fail("images: height and width must be ", first.height, " x ", first.width,

@@ -44,8 +44,27 @@ struct TrainingArguments {
   const Name& optimizer;
   const std::vector<double>&settings, &learning_rates;
   double j;
+  const std::vector<double>& dropout;
+  int64_t seed, first_step;
+  double label_smoothing;
   const std::optional<Tensor>& watch;
 };
+
+// The probabilities of `dropout`, (values, maps) of each place: see NetworkGeometry::dropout. Empty: nothing is
+// dropped.
+inline void read_dropout(NetworkGeometry& g, const std::vector<double>& dropout) {
+  const auto expected = static_cast<size_t>(2 * g.num_drops());
+  if (!dropout.empty() && dropout.size() != expected) {
+    fail("dropout: expected no numbers or ", expected, ", two for each of ", g.num_drops() - 1,
+         " layers and two for the output, got ", dropout.size());
+  }
+  for (size_t i = 0; i < dropout.size(); ++i) {
+    if (!(dropout[i] >= 0 && dropout[i] <= 1)) {
+      fail("dropout: expected probabilities from 0 to 1, got ", dropout[i], " at ", i);
+    }
+    (i % 2 == 0 ? g.dropout[i / 2].values : g.dropout[i / 2].maps) = dropout[i];
+  }
+}
 
 // The same, checked: all but the values of labels and order, which only a kernel may be able to read.
 template <typename T>
@@ -66,7 +85,10 @@ struct Training {
   int64_t num_images, total, batch_size, steps;  // total: images in all steps together
   T extra_score;                                 // -j
   std::vector<double> learning_rates;            // one a step
-  double* watch = nullptr;                       // (1 + steps) in the host's memory; null: nobody watches
+  uint64_t seed;                                 // of dropout's masks
+  uint32_t first_step;                           // the number of the first step in those masks
+  double label_smoothing;
+  double* watch = nullptr;  // (1 + steps) in the host's memory; null: nobody watches
 
   Training(const NetworkOperand& operand, const TrainingArguments& a)
       : network(operand.network<T>(a.parameters)),
@@ -77,8 +99,11 @@ struct Training {
         total(num_images),
         batch_size(a.batch_size),
         extra_score(static_cast<T>(-a.j)),
-        learning_rates(a.learning_rates) {
+        learning_rates(a.learning_rates),
+        seed(static_cast<uint64_t>(a.seed)),
+        label_smoothing(a.label_smoothing) {
     const Tensor& like = a.parameters[0];
+    read_dropout(network.geometry, a.dropout);
     if (a.labels.numel() != num_images) {
       fail("labels: expected one for each of the ", num_images, " images, got ", a.labels.numel());
     }
@@ -95,6 +120,17 @@ struct Training {
     steps = total / batch_size + (total % batch_size != 0 ? 1 : 0);
     if (static_cast<int64_t>(learning_rates.size()) != steps) {
       fail("learning_rates: expected one for each of the ", steps, " steps, got ", learning_rates.size());
+    }
+    constexpr int64_t most_steps = int64_t{1} << 32;
+    if (a.first_step < 0 || a.first_step > most_steps - steps) {
+      fail("first_step: expected 0 to 2^32 less the ", steps, " steps, got ", a.first_step);
+    }
+    first_step = static_cast<uint32_t>(a.first_step);
+    if (!(label_smoothing >= 0 && label_smoothing <= 1)) {
+      fail("label_smoothing: expected 0 to 1, got ", label_smoothing);
+    }
+    if (label_smoothing > 0 && operand.geometry().output == Output::distances) {
+      fail("label_smoothing: expected 0 for the MAP loss of distances, got ", label_smoothing);
     }
     add_state(operand, a, like);
     if (a.watch.has_value()) {
@@ -170,13 +206,15 @@ std::tuple<Tensor, Tensor> network_train(const std::vector<int64_t>& numbers, co
                                          const Tensor& images, const Tensor& labels, const std::optional<Tensor>& order,
                                          int64_t batch_size, double scale, double background, const Name& optimizer,
                                          const std::vector<double>& settings, const std::vector<double>& learning_rates,
-                                         double j, const std::optional<Tensor>& watch) {
+                                         double j, const std::vector<double>& dropout, int64_t seed, int64_t first_step,
+                                         double label_smoothing, const std::optional<Tensor>& watch) {
   if (parameters.empty()) {
     fail("parameters: expected at least one tensor");
   }
-  return Backend::train(NetworkOperand(numbers),
-                        {parameters, first_moments, second_moments, step_counts, trains, images, labels, order,
-                         batch_size, scale, background, optimizer, settings, learning_rates, j, watch});
+  return Backend::train(NetworkOperand(numbers), {parameters, first_moments, second_moments, step_counts,     trains,
+                                                  images,     labels,        order,          batch_size,      scale,
+                                                  background, optimizer,     settings,       learning_rates,  j,
+                                                  dropout,    seed,          first_step,     label_smoothing, watch});
 }
 
 }  // namespace lenet_fast

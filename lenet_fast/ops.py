@@ -98,14 +98,18 @@ triton = {name: TritonOperator(name, *declaration) for name, declaration in (_CO
 # Whole networks, see csrc/network_operands.h. `network_train` takes steps of training in place and returns of each the
 # mean loss (float64) and the number of images right; one whose loss is not finite is the last, and is not taken. On
 # CUDA, where it only queues them, `watch` is for the host meanwhile, pinned float64 (1 + steps,): not 0 in the first
-# asks to stop before the next step, the others receive the loss of each step as soon as it is known.
+# asks to stop before the next step, the others receive the loss of each step as soon as it is known. `dropout` is empty
+# or has two probabilities for the input of each layer, convolutions before dense layers, and two for the output of the
+# last: of dropping a single value, and of dropping a whole map (of the first dense layer's input: a map of the last
+# convolution; behind it a map is one value). The masks are those of `dropout_masks` for `seed` and the steps from
+# `first_step` on. `label_smoothing` is that of cross-entropy; with distances it has to be 0.
 # `network_infer` returns scores or distances of a network that `network_define` has read, until `network_release`.
 # None of them is differentiable: `trainer` and `native_forward` call them.
 for _schema in (
     "network_train(int[] network, Tensor(a!)[] parameters, Tensor(b!)[] first_moments, Tensor(c!)[] second_moments, "
     "Tensor(d!)[] step_counts, int[] trains, Tensor images, Tensor labels, Tensor? order, int batch_size, float scale, "
-    "float background, str optimizer, float[] settings, float[] learning_rates, float j, Tensor(e!)? watch=None) -> "
-    "(Tensor, Tensor)",
+    "float background, str optimizer, float[] settings, float[] learning_rates, float j, float[] dropout, int seed, "
+    "int first_step, float label_smoothing, Tensor(e!)? watch=None) -> (Tensor, Tensor)",
     "network_define(int[] network) -> int",
     "network_release(int network) -> ()",
     "network_infer(int network, Tensor[] parameters, Tensor images, float scale, float background) -> Tensor",

@@ -1,6 +1,5 @@
 """`FusedTrainer`: whole LeNet training steps, forward, loss, backward and update, many in a call."""
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -9,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .eager import check_memory
 from .functional import check_choice
-from .models import InputSpec
-from .network import NetworkError
-from .training_operands import TrainingOperands
+from .lenet import InputSpec
+from .loss import Loss
 from .training_steps import TrainingSteps
 from .watch import Watch
 
@@ -52,36 +51,49 @@ class History:
 
 
 class FusedTrainer:
-    """Trains a LeNet in place: forward, loss, backward and update of many steps in one native call, without autograd.
+    """Trains a model in place, where it can many steps in one native call: forward, loss, backward and update.
 
-    Takes every model of `lenet_fast.models`, its `.reference()` twin, and any other module whose forward is a chain of
-    one to four convolution blocks (dense or sparse connections or trainable subsampling, any activation and pooling),
-    a flattening and one to four dense layers, perhaps with an `nn.RBF` at the end. The loss is softmax cross-entropy,
-    or LeCun's MAP loss behind an RBF layer. The model stays an ordinary one: its parameters are updated in place, and
-    evaluation, `state_dict` and further training with plain PyTorch go on from there.
+    Every model that PyTorch can train with its loss is trained, in one of two ways; `how` tells in which.
+
+    *Whole steps in native code*, without autograd: every model of `lenet_fast.models`, its `.reference()` twin, and any
+    other module whose forward is a chain of one to four convolution blocks (dense or sparse connections or trainable
+    subsampling, any activation and pooling), a flattening and one to four dense layers, perhaps with an `nn.RBF` at the
+    end. A forward that someone wrote by hand is read by PyTorch's tracer Dynamo, at the first batch.
+
+    *The accelerated forward, autograd and the fused `torch.optim` optimizer* for everything else: other layers, hooks,
+    parametrizations, shared parameters, half precision, a loss of the user's own.
+
+    The loss is softmax cross-entropy, or LeCun's MAP loss behind an RBF layer. The model stays an ordinary one: its
+    parameters are updated in place, and evaluation, `state_dict` and further training with plain PyTorch go on from
+    there. Steps put it into training mode if it is not; layers of it that are in eval mode stay so.
 
     `optimizer` is a `torch.optim` optimizer over the parameters of the model, whose settings and state are those of the
     training: learning-rate schedulers and `optimizer.step()` work on it, and its `state_dict` is PyTorch's.
 
-    On CUDA a run is one launch. A network that does not fit a multiprocessor's shared memory, or of dtype float64,
-    takes its steps in CUDA graphs of the operators, autograd and torch.optim instead, which a warning says. There a
-    learning rate is rounded to float32, and every other setting that changes makes new graphs.
+    On CUDA a native run is one launch. A network that does not fit a multiprocessor's shared memory, or of dtype
+    float64, takes its steps in CUDA graphs of the operators, autograd and torch.optim instead, which a warning says.
+    There a learning rate is rounded to float32, and every other setting that changes makes new graphs.
 
-    With the same number of threads, or on the same kind of GPU, a training repeats itself to the bit.
+    With the same number of threads, or on the same kind of GPU, a native training repeats itself to the bit.
 
     Args:
-        model: on the CPU or on CUDA, of dtype float32 or float64. Parameters that do not require gradients stay as they
-            are.
+        model: parameters that do not require gradients stay as they are.
         optimizer: "sgd", "adam" or "adamw", by PyTorch's definitions.
         lr: learning rate.
         momentum, nesterov: of sgd.
         weight_decay: L2 penalty; of adamw decoupled.
         betas, eps: of adam and adamw.
         j: of the MAP loss, see `nn.MAPLoss`.
+        label_smoothing: of cross-entropy, from 0 to 1, see `torch.nn.CrossEntropyLoss`.
+        loss: a function of the model's outputs and the labels that returns a scalar tensor, in place of those losses.
+            `torch.nn.CrossEntropyLoss`, `nn.MAPLoss` behind an RBF layer and `torch.nn.NLLLoss` behind a log_softmax,
+            without weights of classes, keep native steps.
         input_spec: how uint8 images become an input; None takes that of the model, if it has one.
+        native_only: raise NetworkError, which names the part, where native code cannot take the steps: here where that
+            is known, else at the first step.
 
     Raises:
-        NetworkError (a ValueError): a model that it cannot take; names the part.
+        NetworkError (a ValueError): see `native_only`.
         TypeError, ValueError: an argument of the wrong kind, out of range or not fitting the others.
     """
 
@@ -97,32 +109,47 @@ class FusedTrainer:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         j: float = 0.0,
+        label_smoothing: float = 0.0,
+        loss: Callable[[Any, Tensor], Tensor] | None = None,
         input_spec: InputSpec | None = None,
+        native_only: bool = False,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
         check_choice("optimizer", optimizer, ("sgd", "adam", "adamw"))
         if optimizer != "sgd" and (momentum or nesterov):
             raise ValueError(f"momentum, nesterov: only 'sgd' takes them, got {momentum!r}, {nesterov!r}")
         if not (isinstance(j, int | float) and 0 <= j < math.inf):
             raise ValueError(f"j: expected a finite number of at least 0, got {j!r}")
+        if not (isinstance(label_smoothing, int | float) and 0 <= label_smoothing <= 1):
+            raise ValueError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing!r}")
+        if loss is not None and not callable(loss):
+            raise TypeError(f"loss: expected a function of outputs and labels, got {type(loss).__name__}")
+        if loss is not None and (label_smoothing or j):
+            raise ValueError(f"j, label_smoothing: the given loss has its own, got {j!r}, {label_smoothing!r}")
         if input_spec is None:
             input_spec = getattr(model, "input_spec", None)
         if input_spec is not None and not isinstance(input_spec, InputSpec):
             raise TypeError(f"input_spec: expected an InputSpec, got {type(input_spec).__name__}")
         self.model = model
-        operands = TrainingOperands(model)
         self._pace = 0, 1  # batch size, steps a call
-        common = {"lr": lr, "weight_decay": weight_decay}
+        common = {"lr": lr, "weight_decay": weight_decay, "fused": _can_be_fused(model)}
         parameters = model.parameters()
-        # fused: the same state as engines.AutogradEngine's, and the fastest way to go on without this class
         owner: torch.optim.Optimizer = {
-            "sgd": lambda: torch.optim.SGD(parameters, **common, momentum=momentum, nesterov=nesterov, fused=True),
-            "adam": lambda: torch.optim.Adam(parameters, **common, betas=betas, eps=eps, fused=True),
-            "adamw": lambda: torch.optim.AdamW(parameters, **common, betas=betas, eps=eps, fused=True),
+            "sgd": lambda: torch.optim.SGD(parameters, **common, momentum=momentum, nesterov=nesterov),
+            "adam": lambda: torch.optim.Adam(parameters, **common, betas=betas, eps=eps),
+            "adamw": lambda: torch.optim.AdamW(parameters, **common, betas=betas, eps=eps),
         }[optimizer]()
-        self._steps = TrainingSteps(operands, owner, optimizer, input_spec, float(j))
-        if input_spec is not None:
-            with contextlib.suppress(NetworkError):  # perhaps it is trained on other images
-                operands.refusal((1, input_spec.size, input_spec.size))
+        minimised = Loss(loss, float(label_smoothing), float(j))
+        self._steps = TrainingSteps(model, owner, optimizer, input_spec, minimised, native_only)
+
+    def how(self, images: Tensor | None = None) -> str:
+        """What takes the steps, in one line: native code, or PyTorch, and then which part of the model is why.
+
+        Args:
+            images: a batch, where a forward that someone wrote has to be read and the model has no `input_spec`.
+        """
+        return self._steps.how(images)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -142,6 +169,8 @@ class FusedTrainer:
             RuntimeError (on CUDA a ValueError): a label out of range; nothing was trained.
         """
         images, labels = self._check_data(images, labels)
+        if images.is_cuda:
+            self._steps.check(images, labels, len(labels))
         losses, _ = self._steps.take(images, labels, None, len(labels), [self._steps.group()["lr"]])
         (loss,) = losses.tolist()
         if not math.isfinite(loss):
@@ -177,6 +206,7 @@ class FusedTrainer:
         _check_count("batch_size", batch_size)
         _check_count("epochs", epochs)
         images, labels = self._check_data(images, labels)
+        self._steps.check(images, labels, batch_size)
         steps = math.ceil(len(labels) / batch_size)
         losses, correct = [], []
         drawn_on = torch.device("cpu") if generator is None else generator.device
@@ -208,6 +238,7 @@ class FusedTrainer:
         """
         _check_count("batch_size", batch_size)
         images, labels = self._check_data(images, labels)
+        self._steps.check(images, labels, batch_size)
         if order.dtype != torch.int64 or order.dim() != 1 or not len(order):
             raise ValueError(f"order: expected int64 (M,), M > 0, got {order.dtype} of shape {tuple(order.shape)}")
         check_memory("order", order)
@@ -258,7 +289,7 @@ class FusedTrainer:
                     on_step(before + done, loss)
 
         while done < len(rates):
-            queued = self._steps.are_queued(images)
+            queued = self._steps.are_queued(images, labels, len(order), batch_size)
             stop = len(rates) if queued else min(len(rates), done + steps_a_call)
             data = images, labels, order[done * batch_size : stop * batch_size], batch_size, rates[done:stop]
             started = time.perf_counter()
@@ -296,39 +327,34 @@ class FusedTrainer:
         return losses[:taken].cpu(), correct[:taken].cpu()
 
     def _check_data(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Images and labels as the native step takes them: contiguous, labels int64."""
-        parameter = self._steps.operands.parameter
+        """Images and labels as steps take them: contiguous, labels int64 where they are classes."""
         for name, value in (("images", images), ("labels", labels)):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
             if value.dtype in _CONVERTED or not value.is_contiguous():  # the native step checks what it takes as it is
                 check_memory(name, value)
-            if value.device != parameter.device:
-                raise ValueError(f"{name}: expected on {parameter.device} as the model is, got {value.device}")
-        if images.dtype == torch.uint8:
-            if self._steps.input_spec is None:
-                raise ValueError(
-                    "images: uint8 ones need an input_spec, and the model has none; name it or pass floats"
-                )
-            if images.dim() != 3:
-                raise ValueError(f"images: expected uint8 (N, H, W), got shape {tuple(images.shape)}")
-        else:
-            if images.dtype != parameter.dtype:
-                raise TypeError(f"images: expected uint8 or {parameter.dtype} as the model has, got {images.dtype}")
-            if images.dim() != 4:
-                raise ValueError(f"images: expected (N, C, H, W), got shape {tuple(images.shape)}")
-        if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-            raise TypeError(f"labels: expected an integer dtype, got {labels.dtype}")
-        if labels.shape != images.shape[:1] or not len(labels):
+            if value.device != self._steps.device:
+                raise ValueError(f"{name}: expected on {self._steps.device} as the model is, got {value.device}")
+        if labels.shape[:1] != images.shape[:1] or not labels.dim() or not len(labels):
             raise ValueError(
                 f"labels: expected ({len(images)},), one an image and at least one, got {tuple(labels.shape)}"
             )
-        if labels.is_cuda:  # on the CPU the native step looks at them
-            low, high = torch.stack(labels.aminmax()).tolist()
-            classes = self._steps.num_classes(images)
-            if low < 0 or high >= classes:
-                raise ValueError(f"labels: expected 0 to {classes - 1}, got {low} to {high}")
+        if self._steps.takes_any_labels:
+            return images.contiguous(), labels.contiguous()
+        if labels.dtype not in (torch.int64, *_CONVERTED):
+            raise TypeError(f"labels: expected an integer dtype, got {labels.dtype}")
+        if labels.dim() != 1:
+            raise ValueError(f"labels: expected ({len(images)},), one an image, got {tuple(labels.shape)}")
         return images.contiguous(), labels.to(torch.int64).contiguous()
+
+
+def _can_be_fused(model: nn.Module) -> bool | None:
+    """Whether PyTorch's fused optimizers, the fastest, take these parameters; None: PyTorch chooses."""
+    fitting = all(
+        not is_lazy(parameter) and parameter.is_floating_point() and parameter.device.type in ("cpu", "cuda")
+        for parameter in model.parameters()
+    )
+    return True if fitting else None
 
 
 def _check_count(name: str, value: int) -> None:

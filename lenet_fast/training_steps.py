@@ -1,48 +1,82 @@
-"""Training steps of one network and one optimizer: native calls, or CUDA graphs of a network that those refuse."""
+"""Training steps of a model and its optimizer: native calls, CUDA graphs of a network, or the model's own forward."""
 
+import contextlib
 import itertools
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .autograd_step import AutogradStep
+from .eager import is_replaced
 from .graphed_steps import GraphedSteps
 from .lenet import InputSpec
-from .training_operands import TrainingOperands
+from .loss import Loss
+from .model_steps import ModelSteps
+from .network import NetworkError, SizeError
+from .training_operands import QUEUES, TrainingOperands
 
 __all__ = ["TrainingSteps"]
+
+_NATIVE = "whole steps in native code"
+_BY_GRAPHS = "CUDA graphs of the operators, autograd and torch.optim"
+_BY_AUTOGRAD = "accelerated forward, autograd and torch.optim"
+_log = logging.getLogger("lenet_fast.trainer")
 
 
 class TrainingSteps:
     """Takes steps on data that is checked, in place.
 
     Args:
-        operands: of the model.
+        model: what is trained.
         optimizer: of its parameters; settings and state are those of the steps.
         kind: "sgd", "adam" or "adamw", which it is.
         input_spec: how uint8 images become an input.
-        j: of the MAP loss.
+        loss: what is minimised.
+        native_only: raise where there are no native steps.
     """
 
     def __init__(
         self,
-        operands: TrainingOperands,
+        model: nn.Module,
         optimizer: torch.optim.Optimizer,
         kind: str,
         input_spec: InputSpec | None,
-        j: float,
+        loss: Loss,
+        native_only: bool,
     ) -> None:
-        self.operands = operands
+        self.model = model
+        self.operands = TrainingOperands(model)
         self.optimizer = optimizer
         self.input_spec = input_spec
         self._kind = kind
-        self._j = j
+        self._loss = loss
+        self._native_only = native_only
+        self._by_model = ModelSteps(model, optimizer, loss, self._prepare)
+        self._said: tuple[str | None, str] | None = None  # why the last steps were not native, and what took them
         self._graphed: tuple[tuple, GraphedSteps] | None = None  # what they are of
+        known = not self.operands.reader.is_handwritten
+        if (native_only or self.device.type in QUEUES) and (known or (native_only and input_spec is not None)):
+            self._say_early()
 
-    def __reduce__(self) -> tuple:
-        return TrainingSteps, (self.operands, self.optimizer, self._kind, self.input_spec, self._j)  # without graphs
+    def __reduce__(self) -> tuple:  # without graphs
+        return TrainingSteps, (self.model, self.optimizer, self._kind, self.input_spec, self._loss, self._native_only)
+
+    @property
+    def device(self) -> torch.device:
+        """Of the model's first parameter: where data has to be."""
+        return self._like.device
+
+    @property
+    def takes_any_labels(self) -> bool:
+        """Whether labels are whatever the user's own loss takes."""
+        return self._loss.given is not None
+
+    @property
+    def _like(self) -> Tensor:
+        return self.optimizer.param_groups[0]["params"][0]
 
     def group(self) -> dict[str, Any]:
         """The optimizer's settings.
@@ -58,22 +92,120 @@ class TrainingSteps:
                 raise ValueError(f"optimizer: the fused trainer has no {name}, got {groups[0][name]!r}")
         return groups[0]
 
-    def image_shape(self, images: Tensor) -> tuple[int, int, int]:
-        """(C, H, W) of what arrives at the network."""
+    # --- which way ---------------------------------------------------------------------------------------------------
+
+    def how(self, images: Tensor | None) -> str:
+        """What takes the steps on batches like `images`, in one line.
+
+        Args:
+            images: None: of the size that `input_spec` says, or of any size where the answer is the same for all.
+        """
+        if images is None and self.input_spec is not None:
+            side = self.input_spec.size
+            images = torch.empty((2, side, side), dtype=torch.uint8, device=self.device)
+        with _in_training_mode(self.model):
+            if images is not None:
+                return self._sentence(images, self._why_not_native(images, None, len(images), len(images)))
+            if not self.operands.reader.is_handwritten:
+                try:
+                    self._look([])
+                except NetworkError as error:
+                    return f"{_BY_AUTOGRAD}: {error}"
+                if self.device.type not in QUEUES:
+                    return _NATIVE
+        return "not known before the first batch: how(images) tells"
+
+    def _say_early(self) -> None:
+        """Raise, or warn, where steps on images of the size that `input_spec` says will not be native."""
+        how = self.how(None)
+        if self._native_only and how.startswith(_BY_AUTOGRAD):
+            raise NetworkError(how.removeprefix(f"{_BY_AUTOGRAD}: "))
+
+    def _sentence(self, images: Tensor, reason: str | None) -> str:
+        if reason is not None:
+            return f"{_BY_AUTOGRAD}: {reason}"
+        if images.device.type not in QUEUES:
+            return _NATIVE
+        refusal = self.operands.refusal(self._image_shape(images))
+        return f"{_NATIVE}, one launch an epoch" if refusal is None else f"{_BY_GRAPHS}: {refusal}"
+
+    def _why_not_native(self, images: Tensor, labels: Tensor | None, number: int, batch_size: int) -> str | None:
+        """Bring the operands up to date for steps on `number` images; why there are none, None where there are.
+
+        Raises:
+            SizeError: images that do not fit the model.
+            TypeError, ValueError: images of another kind than its network takes.
+        """
+        sizes = {min(batch_size, number), number % batch_size or batch_size}
+        prepared = images.dtype == torch.uint8 and self.input_spec is not None
+        shape = (1, self.input_spec.size, self.input_spec.size) if prepared else tuple(images.shape[1:])
+        try:
+            self._look([(size, *shape) for size in sizes], None if prepared else images.dtype)
+            self._check_images(images)
+            classes = self.operands.numbers(self._image_shape(images))[4]
+        except SizeError:
+            raise
+        except NetworkError as error:
+            return str(error)
+        if labels is None or self._loss.given is None or _are_classes(labels, classes):
+            return None
+        return "loss: its labels are no classes"
+
+    def _look(self, shapes: list[tuple[int, ...]], dtype: torch.dtype | None = None) -> None:
+        """Bring the operands up to date.
+
+        Raises:
+            NetworkError: there are no native steps; names the part.
+        """
+        self.operands.look(shapes, dtype or self._like.dtype, self.device)
+        if (reason := self._loss.why_not_native(self.operands.network.measures_distance)) is not None:
+            raise NetworkError(reason)
+
+    def _check_images(self, images: Tensor) -> None:
+        if images.dtype == torch.uint8:
+            if self.input_spec is None:
+                raise ValueError(
+                    "images: uint8 ones need an input_spec, and the model has none; name it or pass floats"
+                )
+            if images.dim() != 3:
+                raise ValueError(f"images: expected uint8 (N, H, W), got shape {tuple(images.shape)}")
+            return
+        if images.dtype != (expected := self.operands.parameter.dtype):
+            raise TypeError(f"images: expected uint8 or {expected} as the model has, got {images.dtype}")
+        if images.dim() != 4 and self.operands.network.image is None:
+            raise ValueError(f"images: expected (N, C, H, W), got shape {tuple(images.shape)}")
+
+    def _image_shape(self, images: Tensor) -> tuple[int, int, int]:
+        """(C, H, W) of what arrives at the network's first layer."""
+        if self.operands.network.image is not None:
+            return self.operands.network.image
         if images.dtype == torch.uint8:
             return 1, self.input_spec.size, self.input_spec.size
         return tuple(images.shape[1:])
 
-    def num_classes(self, images: Tensor) -> int:
-        """Of which these are images."""
-        return self.operands.numbers(self.image_shape(images))[4]
+    # --- steps -------------------------------------------------------------------------------------------------------
 
-    def are_queued(self, images: Tensor) -> bool:
-        """Whether a call returns when its steps are queued, in one launch, and not when they are done."""
-        if not self.operands.device_queues:
+    def check(self, images: Tensor, labels: Tensor, batch_size: int) -> None:
+        """Raise for images, and on CUDA for labels, that no step can be taken on: before many are.
+
+        Raises:
+            SizeError, TypeError, ValueError: they are.
+        """
+        self._begin()
+        if self._why_not_native(images, labels, len(images), batch_size) is None and labels.is_cuda:
+            low, high = torch.stack(labels.aminmax()).tolist()  # on the CPU the native steps look at them
+            classes = self.operands.numbers(self._image_shape(images))[4]
+            if low < 0 or high >= classes:
+                raise ValueError(f"labels: expected 0 to {classes - 1}, got {low} to {high}")
+
+    def are_queued(self, images: Tensor, labels: Tensor, number: int, batch_size: int) -> bool:
+        """Whether a call of `number` images returns when its steps are queued, in one launch, before they are done."""
+        if images.device.type not in QUEUES:
             return False
-        self._refresh()
-        return self.operands.refusal(self.image_shape(images)) is None
+        self._begin()
+        if self._why_not_native(images, labels, number, batch_size) is not None:
+            return False
+        return self.operands.refusal(self._image_shape(images)) is None
 
     def take(
         self,
@@ -94,13 +226,30 @@ class TrainingSteps:
         Returns:
             The mean loss, float64, and the number of images right, int64, of each step until one whose loss is not
             finite, which was not taken; where the steps are queued NaN of those that were not taken.
+
+        Raises:
+            NetworkError: there are no native steps, and no others are wanted.
+            TypeError, ValueError: data that no step can be taken on.
         """
+        self._begin()
+        number = len(labels) if order is None else len(order)
+        reason = self._why_not_native(images, labels, number, batch_size)
+        if self._said is None or self._said[0] != reason:
+            how = self._sentence(images, reason)
+            self._said = reason, how
+            _log.info("%s: %s", type(self.model).__name__, how)
+        if reason is not None:
+            if self._native_only:
+                raise NetworkError(reason)
+            return self._by_model.take(images, labels, order, batch_size, rates)
         settings = self._refresh()
-        operands, spec, image = self.operands, self.input_spec, self.image_shape(images)
+        operands, spec, image = self.operands, self.input_spec, self._image_shape(images)
         torch.autograd.graph.increment_version(operands.trained)
         if operands.refusal(image) is not None:
             return self._graphs(settings)(images, labels, order, batch_size, rates)
         scale, background = (0.0, 0.0) if spec is None else ((spec.foreground - spec.background) / 255, spec.background)
+        if operands.network.image is not None and images.dtype != torch.uint8:
+            images = images.reshape(len(images), *image)
         return torch.ops.lenet_fast.network_train(
             operands.numbers(image),
             operands.tensors,
@@ -117,12 +266,26 @@ class TrainingSteps:
             self._kind,
             settings,
             list(map(float, rates)),
-            self._j,
+            self._loss.settings()[0],
+            [],
+            0,
+            0,
+            0.0,
             watch,
         )
 
+    def _begin(self) -> None:
+        """Refuse what cannot be trained in, and put the model into training mode."""
+        if is_replaced():
+            raise RuntimeError(
+                "fake tensors, make_fx, torch.jit.trace and torch.func cannot follow the fused trainer, which changes "
+                "its model in native code: train with autograd there"
+            )
+        if not self.model.training:
+            self.model.train()
+
     def _refresh(self) -> list[float]:
-        """Bring the operands up to date; returns the optimizer's settings as the native steps take them."""
+        """Bring the optimizer's state up to date; returns its settings as the native steps take them."""
         group = self.group()
         if self._kind == "sgd":
             moments = ("momentum_buffer",) if group["momentum"] else ()
@@ -142,12 +305,32 @@ class TrainingSteps:
         if self._graphed is None or self._graphed[0] != of:
             of_trained = [list(itertools.compress(tensors, operands.trains)) for tensors in state]
             group = dict(self.group())
-            step = AutogradStep.of(operands.network, self._prepare, self._j, self._kind, group, of_trained)
+            step = AutogradStep.of(operands.network, self._prepare, self._loss, self._kind, group, of_trained)
             self._graphed = of, GraphedSteps(step, operands.parameter.device)
         return self._graphed[1]
 
     def _prepare(self, images: Tensor) -> Tensor:
-        """The network's input."""
-        if images.dtype != torch.uint8:
+        """The model's input."""
+        if images.dtype != torch.uint8 or self.input_spec is None:
             return images
-        return self.input_spec.prepare(images, self.operands.parameter.dtype)
+        return self.input_spec.prepare(images, self._like.dtype)
+
+
+def _are_classes(labels: Tensor, classes: int) -> bool:
+    if labels.dtype != torch.int64 or labels.dim() != 1:
+        return False
+    low, high = torch.stack(labels.aminmax()).tolist()
+    return low >= 0 and high < classes
+
+
+@contextlib.contextmanager
+def _in_training_mode(model: nn.Module) -> Iterator[None]:
+    """As steps put the model into, for a look at it."""
+    modes = [(module, module.training) for module in model.modules()]
+    if not model.training:
+        model.train()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

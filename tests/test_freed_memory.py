@@ -86,6 +86,7 @@ def test_network_train(optimizer, images):
     settings = [0.0, 0.0, 0.0, 0.9, 0.999, 1e-8]
     arguments = (network.numbers((1, 32, 32)), tensors, *state, counts, [1] * len(counts or tensors[:-1]), data)
     arguments += (torch.zeros(8, dtype=torch.int64), torch.arange(8), 8, 0.01, 0.0, optimizer, settings, [0.0], 0.0)
+    arguments += ([], 0, 0, 0.0)
     assert_every_tensor_is_looked_at(lambda *given: OPS.network_train(*given), arguments)
 
 

@@ -1115,7 +1115,7 @@ def test_the_raw_operators_survive_anything():
         trained = changed_tensors()
         attempt(
             operators.network_train, changed_numbers(), trained, [], [], [], [1] * (len(trained) - 1), images, labels,
-            None, 8, 0.01, -0.1, "sgd", [0.0] * 6, [0.0], 0.0,
+            None, 8, 0.01, -0.1, "sgd", [0.0] * 6, [0.0], 0.0, [], 0, 0, 0.0,
         )  # fmt: skip
         handle = attempt(operators.network_define, changed_numbers())
         if handle is not None:

@@ -3,7 +3,7 @@
 
 #include <cstddef>
 
-#include "../network.h"
+#include "../dropout.h"
 #include "bands.h"
 
 namespace lenet_fast::cpu {
@@ -62,8 +62,12 @@ struct TrainingStep {
   const int64_t* labels;            // by position in the order
   int64_t chunk_begin, chunk_size;  // positions in the order
   bool first_chunk, last_chunk;
-  T factor;       // 1 / images of the batch
-  T extra_score;  // of Output::distances
+  int64_t first_image;  // of the chunk, counted in the step's batch
+  T factor;             // 1 / images of the batch
+  T extra_score;        // of Output::distances
+  double label_smoothing;
+  DropStep drop_step;
+  DropRules<T> drop_rules[kMaxDrops];
   char* thread_memory;
   int64_t thread_stride, threads;
   DenseSums<T> dense_sums[kMaxDenses];

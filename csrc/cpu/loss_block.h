@@ -1,6 +1,7 @@
 // The loss of a block of images and its gradient. Scores s: softmax cross-entropy, log(sum_i exp(s_i)) - s_D. LeCun's
 // MAP loss of distances y, y_D + log(exp(-j) + sum_i exp(-y_i)), is the same of the scores -y with one more, -j, that
-// no image belongs to: LeCun et al. (1998), equation (9).
+// no image belongs to: LeCun et al. (1998), equation (9). Label smoothing e takes the mean of the cross-entropies of
+// all classes with the weight e, and that of the label with 1 - e.
 #pragma once
 
 #include "vec_math.h"
@@ -14,10 +15,10 @@ struct BlockLoss {
 };
 
 // The loss of `count` images. `grad` receives the gradient of `factor` times the summed loss by the scores, 0 in absent
-// lanes; it may be the same memory as `scores`. `extra` null: no further score.
+// lanes; it may be the same memory as `scores`. `extra` null: no further score; otherwise no label smoothing.
 template <typename T>
 BlockLoss<T> score_loss(const Vec<T>* scores, int64_t classes, const T* extra, const int64_t* labels, int64_t count,
-                        T factor, Vec<T>* grad) {
+                        T factor, double label_smoothing, Vec<T>* grad) {
   using I = VecInt<T>;
   I label{};
   Vec<T> weight{};
@@ -35,6 +36,10 @@ BlockLoss<T> score_loss(const Vec<T>* scores, int64_t classes, const T* extra, c
     own = label == index ? scores[c] : own;
   }
   const Vec<T> top = extra != nullptr ? (splat(*extra) > highest ? splat(*extra) : highest) : highest;
+  Vec<T> below_top{};  // the sum over the classes
+  for (int64_t c = 0; label_smoothing > 0 && c < classes; ++c) {
+    below_top += top - scores[c];
+  }
   Vec<T> total = extra != nullptr ? exp_nonpositive<T>(splat(*extra) - top) : Vec<T>{};
   for (int64_t c = 0; c < classes; ++c) {
     const Vec<T> e = exp_nonpositive<T>(scores[c] - top);
@@ -42,15 +47,21 @@ BlockLoss<T> score_loss(const Vec<T>* scores, int64_t classes, const T* extra, c
     grad[c] = e;
   }
   const Vec<T> share = weight / total;
+  const double of_each_class = label_smoothing / static_cast<double>(classes);
+  const Vec<T> of_label = weight * static_cast<T>(1 - label_smoothing);
+  const Vec<T> of_each = weight * static_cast<T>(of_each_class);
   for (int64_t c = 0; c < classes; ++c) {
     const I index = I{} + static_cast<typename VecTraits<T>::Bits>(c);
-    const Vec<T> value = grad[c] * share - (label == index ? weight : Vec<T>{});
+    const Vec<T> value = grad[c] * share - (label == index ? of_label : Vec<T>{}) - of_each;
     grad[c] = weight != T(0) ? value : Vec<T>{};
   }
   BlockLoss<T> result{};
   for (int64_t i = 0; i < count; ++i) {
-    result.loss +=
-        (static_cast<double>(top[i]) - static_cast<double>(own[i])) + std::log(static_cast<double>(total[i]));
+    const double own_below_top = static_cast<double>(top[i]) - static_cast<double>(own[i]);
+    const double target_below_top =
+        label_smoothing > 0 ? (1 - label_smoothing) * own_below_top + of_each_class * static_cast<double>(below_top[i])
+                            : own_below_top;
+    result.loss += target_below_top + std::log(static_cast<double>(total[i]));
     result.correct += best[i] == label[i];
   }
   return result;

@@ -9,6 +9,7 @@
 
 #include "conv_block_backward.h"
 #include "dense_block.h"
+#include "drop_block.h"
 #include "image_block.h"
 #include "loss_block.h"
 #include "network_train_few.h"
@@ -21,7 +22,8 @@ template <typename T>
 struct NetworkLayout {
   struct Block {
     int64_t conv_input[kMaxConvs], record[kMaxConvs];  // see BlockLayout
-    int64_t dense[kMaxDenses + 1];                     // inputs of the dense layers and the last one's output
+    int64_t dense[kMaxDenses + 1];                     // inputs of the dense layers and what the last one gives
+    int64_t dense_output[kMaxDenses];  // the same as the next of `dense`, unless some of that is dropped
     int64_t scores;
     int64_t grad_dense[kMaxDenses + 1];  // of the same
     int64_t grad_conv[kMaxConvs];        // of the inputs of the convolutions but the first
@@ -63,6 +65,10 @@ struct NetworkLayout {
         const int64_t size = l < n.num_denses ? n.dense[l].in_features : n.last_dense().out_features;
         b.dense[l] = take(size);
         b.grad_dense[l] = take(training ? size : 0);
+      }
+      for (int l = 0; l < n.num_denses; ++l) {
+        const bool drops = n.drops(n.num_convs + l + 1);
+        b.dense_output[l] = drops ? take(n.dense[l].out_features) : b.dense[l + 1];
       }
       b.scores = take(n.output == Output::distances ? n.classes : 0);
     }
@@ -147,15 +153,13 @@ class NetworkBlocks {
     const auto at = [&](int64_t c, int64_t y, int64_t x) {
       return planes.input_begin + c * planes.input_plane + y * planes.input_row + x;
     };
-    for (const auto& block : layout_.block) {
+    for (int b = 0; b < kGroup; ++b) {
       for (int l = 0; l < g_.num_convs; ++l) {
-        Vec<T>* const input = memory_ + block.conv_input[l];
+        Vec<T>* const input = memory_ + layout_.block[b].conv_input[l];
         std::fill(input, input + BlockLayout(g_.conv[l]).input_size, Vec<T>{});
       }
-      for (int64_t y = 0; images.are_bytes && y < first.height; ++y) {
-        for (int64_t x = 0; x < first.width; ++x) {
-          memory_[block.conv_input[0] + at(0, y, x)] = splat(images.background);
-        }
+      if (images.are_bytes) {
+        fill_background(images, b);
       }
     }
     auto* position = reinterpret_cast<int32_t*>(memory_ + layout_.positions);
@@ -178,7 +182,21 @@ class NetworkBlocks {
     }
   }
 
+  // Images smaller than the first convolution's planes lie in the middle of that.
+  void fill_background(const Images<T>& images, int b) {
+    const Planes<Vec<T>> planes = input_planes(b);
+    for (int64_t c = 0; c < g_.conv[0].in_channels; ++c) {
+      for (int64_t y = 0; y < g_.conv[0].height; ++y) {
+        std::fill(planes.at(c, y), planes.at(c, y) + g_.conv[0].width, splat(images.background));
+      }
+    }
+  }
+
+  // Images `first` to `first` + `count` of the order, as they are before anything is dropped.
   void load(const Images<T>& images, int b, int64_t first, int64_t count) {
+    if (images.are_bytes && g_.drops(0)) {  // so is some of the background of the images before
+      fill_background(images, b);
+    }
     const int64_t pixels = g_.conv[0].in_channels * images.height * images.width;
     Vec<T>* const planes = memory_ + layout_.block[b].conv_input[0];
     const auto* position = reinterpret_cast<const int32_t*>(memory_ + layout_.positions);
@@ -206,11 +224,13 @@ class NetworkBlocks {
     }
   }
 
-  // From the loaded images to the last dense layer's output.
+  // From the loaded images to the last dense layer's output. Of a training step, else null; the first of the images is
+  // number `first_image` of its batch.
   template <int Blocks>
-  void forward(bool training) {
+  void forward(const TrainingStep<T>* step, int64_t first_image) {
     for (int b = 0; b < Blocks; ++b) {
       const auto& block = layout_.block[b];
+      drop(step, 0, b, first_image, input_planes(b));
       for (int l = 0; l < g_.num_convs; ++l) {
         const ConvGeometry& g = g_.conv[l];
         const Planes<Vec<T>> output =
@@ -218,7 +238,8 @@ class NetworkBlocks {
                 ? layer(l + 1).inner(memory_ + block.conv_input[l + 1])
                 : Planes<Vec<T>>{memory_ + block.dense[0], g.out_height() * g.out_width(), g.out_width()};
         forward_block<T>(layer(l), memory_ + block.conv_input[l], output,
-                         training ? memory_ + block.record[l] : nullptr, memory_ + layout_.scratch);
+                         step != nullptr ? memory_ + block.record[l] : nullptr, memory_ + layout_.scratch);
+        drop(step, l + 1, b, first_image, output);
       }
     }
     for (int l = 0; l < g_.num_denses; ++l) {
@@ -226,9 +247,14 @@ class NetworkBlocks {
       Vec<T>* output[Blocks];
       for (int b = 0; b < Blocks; ++b) {
         input[b] = memory_ + layout_.block[b].dense[l];
-        output[b] = memory_ + layout_.block[b].dense[l + 1];
+        output[b] = memory_ + layout_.block[b].dense_output[l];
       }
       dense_forward<Blocks, T>(g_.dense[l], n_.dense[l].weight.value, n_.dense[l].bias.value, input, output);
+      for (int b = 0; b < Blocks && g_.drops(g_.num_convs + l + 1); ++b) {
+        Vec<T>* const kept = memory_ + layout_.block[b].dense[l + 1];
+        std::copy(output[b], output[b] + g_.dense[l].out_features, kept);
+        drop(step, g_.num_convs + l + 1, b, first_image, {kept, 1, 1});
+      }
     }
     for (int b = 0; g_.output == Output::distances && b < Blocks; ++b) {
       const auto& block = layout_.block[b];
@@ -250,7 +276,7 @@ class NetworkBlocks {
 
   // From `grad_scores` to the sums of the convolutions, and the pre-activation gradients of the dense layers.
   template <int Blocks>
-  void backward() {
+  void backward(const TrainingStep<T>* step, int64_t first_image) {
     for (int b = 0; g_.output == Output::distances && b < Blocks; ++b) {
       const auto& block = layout_.block[b];
       negative_distances_gradient<T>(memory_ + block.dense[g_.num_denses], n_.codes, g_.classes,
@@ -262,7 +288,8 @@ class NetworkBlocks {
       Vec<T>* grad_input[Blocks];
       for (int b = 0; b < Blocks; ++b) {
         const auto& block = layout_.block[b];
-        dense_differentiate<T>(g_.dense[l], memory_ + block.dense[l + 1], memory_ + block.grad_dense[l + 1]);
+        drop(step, g_.num_convs + l + 1, b, first_image, {memory_ + block.grad_dense[l + 1], 1, 1});
+        dense_differentiate<T>(g_.dense[l], memory_ + block.dense_output[l], memory_ + block.grad_dense[l + 1]);
         grad[b] = memory_ + block.grad_dense[l + 1];
         grad_input[b] = memory_ + block.grad_dense[l];
       }
@@ -270,10 +297,11 @@ class NetworkBlocks {
     }
     for (int b = 0; b < Blocks; ++b) {
       const auto& block = layout_.block[b];
-      const Vec<T>* grad = memory_ + block.grad_dense[0];
+      Vec<T>* grad = memory_ + block.grad_dense[0];
       for (int l = g_.num_convs - 1; l >= 0; --l) {
         const ConvGeometry& g = g_.conv[l];
         const int64_t outputs = g.out_height() * g.out_width();
+        drop(step, l + 1, b, first_image, {grad, outputs, g.out_width()});
         Vec<T>* const grad_input = l > 0 ? memory_ + block.grad_conv[l] : nullptr;
         // Every lane is valid: absent images are 0 and so is the gradient of their outputs.
         backward_block<T>(layer(l), VecInt<T>{} - 1, memory_ + block.record[l], {grad, outputs, g.out_width()},
@@ -290,6 +318,17 @@ class NetworkBlocks {
   const Vec<T>* dense_grad(int b, int l) const { return memory_ + layout_.block[b].grad_dense[l + 1]; }
 
  private:
+  // Values at `place` of block b, or their gradients, times the masks that the step has for them.
+  LF_INLINE void drop(const TrainingStep<T>* step, int place, int b, int64_t first_image, Planes<Vec<T>> values) const {
+    if (g_.drops(place)) {
+      drop_block<T>(step->drop_rules[place], step->drop_step, static_cast<uint32_t>(first_image + b * kLanes<T>),
+                    values);
+    }
+  }
+
+  // Where the images of block b are loaded.
+  Planes<Vec<T>> input_planes(int b) const { return layer(0).inner(memory_ + layout_.block[b].conv_input[0]); }
+
   ConvLayer<T> layer(int l) const {
     const ConvParameters<T>& p = n_.conv[l];
     return {g_.conv[l],
@@ -324,16 +363,16 @@ void network_train(const TrainingStep<T>& step, int64_t begin, int64_t end, int6
     }
     const int64_t next = first + group * n;
     blocks.prefetch(step.images, step.chunk_begin + next, step.chunk_begin + std::min<int64_t>(end, next + kGroup * n));
-    blocks.template forward<group>(true);
+    blocks.template forward<group>(&step, step.first_image + first);
     for (int b = 0; b < group; ++b) {
       const int64_t at = first + b * n, count = std::min<int64_t>(n, end - at);
-      const auto loss =
-          score_loss<T>(blocks.scores(b), g.classes, g.output == Output::distances ? &step.extra_score : nullptr,
-                        step.labels + step.chunk_begin + at, count, step.factor, blocks.grad_scores(b));
+      const auto loss = score_loss<T>(
+          blocks.scores(b), g.classes, g.output == Output::distances ? &step.extra_score : nullptr,
+          step.labels + step.chunk_begin + at, count, step.factor, step.label_smoothing, blocks.grad_scores(b));
       total.loss += loss.loss;
       total.correct += loss.correct;
     }
-    blocks.template backward<group>();
+    blocks.template backward<group>(&step, step.first_image + first);
     for (int b = 0; b < group; ++b) {
       const int64_t at = first + b * n, count = std::min<int64_t>(n, end - at);
       for (int l = 0; l < g.num_denses; ++l) {
@@ -423,7 +462,7 @@ void network_infer(const Network<T>& network, const Images<T>& images, int64_t b
     for (int b = 0; b < group; ++b) {
       blocks.load(images, b, first + b * n, std::min<int64_t>(n, end - first - b * n));
     }
-    blocks.template forward<group>(false);
+    blocks.template forward<group>(nullptr, 0);
     for (int b = 0; b < group; ++b) {
       const int64_t at = first + b * n, count = std::min<int64_t>(n, end - at);
       for (int64_t c = 0; c < g.classes; ++c) {

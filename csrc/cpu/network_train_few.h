@@ -7,6 +7,7 @@
 
 #include "conv_act_pool.h"
 #include "dense_block.h"
+#include "drop_block.h"
 #include "loss_block.h"
 #include "network_few.h"
 #include "update.h"
@@ -63,8 +64,9 @@ template <typename T>
 struct FewTraining {
   ConvGeometry conv[kMaxConvs];
   Bands bands[kMaxConvs];
-  // Of all images: inputs of the convolutions, of the dense layers with the last one's output, distances or scores.
+  // Of all images: inputs of the convolutions, of the dense layers with what the last one gives, distances or scores.
   int64_t conv_input[kMaxConvs], dense[kMaxDenses + 1], scores;
+  int64_t dense_output[kMaxDenses];  // the same as the next of `dense`, unless some of that is dropped
   int64_t record[kMaxConvs], grad_conv_input[kMaxConvs], grad_dense[kMaxDenses + 1];
   int64_t block, transposed, pieces, workspace, end;
 
@@ -92,6 +94,10 @@ struct FewTraining {
       grad_dense[l] = take(images * features);
       most_features = std::max(most_features, features);
     }
+    for (int l = 0; l < g.num_denses; ++l) {
+      const bool drops = g.drops(g.num_convs + l + 1);
+      dense_output[l] = drops ? take(images * g.dense[l].out_features) : dense[l + 1];
+    }
     scores = g.output == Output::distances ? take(images * g.classes) : dense[g.num_denses];
     block = take(g.classes * n);
     transposed = take(images * most_features);
@@ -106,7 +112,7 @@ size_t network_few_training_bytes(const NetworkGeometry& g, int64_t images) {
   return static_cast<size_t>(FewTraining<T>(g, images).end) * sizeof(T);
 }
 
-// Image `index` as a float plane of the first convolution's size.
+// Image `index` as floating planes of the first convolution's size.
 template <typename T>
 void load_one(const Images<T>& images, const ConvGeometry& g, int64_t index, T* input) {
   const int64_t pixels = images.height * images.width, plane = g.height * g.width;
@@ -115,12 +121,14 @@ void load_one(const Images<T>& images, const ConvGeometry& g, int64_t index, T* 
     std::copy(source, source + g.in_channels * pixels, input);
     return;
   }
-  const auto* source = static_cast<const uint8_t*>(images.data) + index * pixels;
-  std::fill(input, input + plane, images.background);
+  const auto* source = static_cast<const uint8_t*>(images.data) + index * g.in_channels * pixels;
+  std::fill(input, input + g.in_channels * plane, images.background);
   input += (g.height - images.height) / 2 * g.width + (g.width - images.width) / 2;
-  for (int64_t y = 0; y < images.height; ++y, source += images.width, input += g.width) {
-    for (int64_t x = 0; x < images.width; ++x) {
-      input[x] = images.scale * static_cast<T>(source[x]) + images.background;
+  for (int64_t c = 0; c < g.in_channels; ++c, input += plane) {
+    for (int64_t y = 0; y < images.height; ++y, source += images.width) {
+      for (int64_t x = 0; x < images.width; ++x) {
+        input[y * g.width + x] = images.scale * static_cast<T>(source[x]) + images.background;
+      }
     }
   }
 }
@@ -142,16 +150,24 @@ class FewImages {
       load_one<T>(step_.images, first, image(i),
                   values_ + at_.conv_input[0] + i * first.in_channels * first.height * first.width);
     }
+    drop(0, values_ + at_.conv_input[0]);
     for (int l = 0; l < g_.num_convs; ++l) {
       const ConvParameters<T>& p = network_.conv[l];
       T* const output = values_ + (l + 1 < g_.num_convs ? at_.conv_input[l + 1] : at_.dense[0]);
       conv_act_pool_forward<T>({at_.conv[l], at_.bands[l], values_ + at_.conv_input[l], p.weight.value, p.bias.value,
                                 p.coefficient.value, p.subsample_bias.value, output, values_ + at_.record[l]},
                                0, at_.bands[l].piece.batch, values_ + at_.workspace);
+      drop(l + 1, output);
     }
     for (int64_t i = 0; i < images_; ++i) {
       for (int l = 0; l < g_.num_denses; ++l) {
-        dense_few<T>(g_.dense[l], network_.dense[l], row(at_.dense, l, i), row(at_.dense, l + 1, i));
+        const int64_t outputs = g_.dense[l].out_features;
+        const T* const output = values_ + at_.dense_output[l] + i * outputs;
+        dense_few<T>(g_.dense[l], network_.dense[l], row(at_.dense, l, i), values_ + at_.dense_output[l] + i * outputs);
+        if (const int place = g_.num_convs + l + 1; g_.drops(place)) {
+          std::copy(output, output + outputs, row(at_.dense, l + 1, i));
+          drop_one(place, i, row(at_.dense, l + 1, i));
+        }
       }
       if (g_.output == Output::distances) {
         distances_few<T>(network_.codes, g_.classes, g_.last_dense().out_features, row(at_.dense, g_.num_denses, i),
@@ -171,7 +187,7 @@ class FewImages {
       }
     }
     return score_loss<T>(block, g_.classes, g_.output == Output::distances ? &step_.extra_score : nullptr,
-                         step_.labels + step_.chunk_begin, images_, step_.factor, block);
+                         step_.labels + step_.chunk_begin, images_, step_.factor, step_.label_smoothing, block);
   }
 
   // From the gradient of the scores to updated parameters: a layer's are when no gradient needs them any more.
@@ -205,7 +221,8 @@ class FewImages {
     const DenseGeometry& dense = g_.dense[l];
     const DenseParameters<T>& p = network_.dense[l];
     T* const grads = values_ + at_.grad_dense[l + 1];
-    differentiate_few<T>(dense.activation, values_ + at_.dense[l + 1], grads, images_ * dense.out_features);
+    drop(g_.num_convs + l + 1, grads);
+    differentiate_few<T>(dense.activation, values_ + at_.dense_output[l], grads, images_ * dense.out_features);
     T* const by_feature = values_ + at_.transposed;
     for (int64_t i = 0; i < images_; ++i) {
       for (int64_t f = 0; f < dense.out_features; ++f) {
@@ -236,7 +253,8 @@ class FewImages {
     const Bands& bands = at_.bands[l];
     T* const grad_input = l > 0 ? values_ + at_.grad_conv_input[l] : nullptr;
     T* const pieces = grad_input != nullptr && bands.per_image > 1 ? values_ + at_.pieces : grad_input;
-    const T* const grad_output = values_ + (l + 1 < g_.num_convs ? at_.grad_conv_input[l + 1] : at_.grad_dense[0]);
+    T* const grad_output = values_ + (l + 1 < g_.num_convs ? at_.grad_conv_input[l + 1] : at_.grad_dense[0]);
+    drop(l + 1, grad_output);
     conv_act_pool_backward<T>({at_.conv[l],
                                bands,
                                grad_output,
@@ -257,6 +275,19 @@ class FewImages {
     for (const Parameter<T>* parameter : {&p.bias, &p.coefficient, &p.subsample_bias}) {
       update_parameter<T>(*parameter, 0, conv.out_channels);
     }
+  }
+
+  // Values of all images at `place`, or their gradients, times the masks that the step has for them.
+  void drop(int place, T* values) const {
+    if (g_.drops(place)) {
+      for (int64_t i = 0; i < images_; ++i) {
+        drop_one(place, i, values + i * step_.drop_rules[place].num_values());
+      }
+    }
+  }
+
+  void drop_one(int place, int64_t i, T* values) const {
+    drop_image<T>(step_.drop_rules[place], step_.drop_step, static_cast<uint32_t>(i), values);
   }
 
   int64_t image(int64_t i) const { return step_.images.index(step_.chunk_begin + i); }

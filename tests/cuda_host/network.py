@@ -250,7 +250,7 @@ def direct(model, data, order=None, rates=(0.1,), batch_size=3, optimizer="sgd",
     moments = [[torch.zeros_like(p) for p in parameters] for _ in range(2 if optimizer == "adam" else 0)] or [[], []]
     counts = [torch.zeros(()) for _ in parameters] if optimizer == "adam" else []
     numbers = network._steps.operands.numbers(network._steps.image_shape(data[0]))
-    settings = optimizer, [0.0, 0.0, 0.0, 0.9, 0.999, 1e-8], list(rates), 0.0, watch
+    settings = optimizer, [0.0, 0.0, 0.0, 0.9, 0.999, 1e-8], list(rates), 0.0, [], 0, 0, 0.0, watch
     results = HOST(
         numbers, tensors, *moments, counts, [1] * len(parameters), *data, order, batch_size, 0.01, 0.0, *settings
     )
