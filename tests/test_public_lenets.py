@@ -569,4 +569,4 @@ def test_training(entry):
     history = trainer.run(images, labels, batch_size=4, generator=torch.Generator().manual_seed(5))
     torch.testing.assert_close(history.losses[0], expected, rtol=1e-9, atol=1e-9)
     assert_same(fast.state_dict(), plain.state_dict(), 1e-9)
-    assert ("native" if not entry.autograd else "autograd") in trainer.how()
+    assert ("native" if not entry.autograd else "autograd") in trainer.how(images)

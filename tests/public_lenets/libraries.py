@@ -181,7 +181,7 @@ class Lasagne(nn.Module):
         return self.output(F.dropout(net, p=0.5, training=self.training)).log_softmax(1)
 
 
-@lenet("mmpretrain", shape=(1, 32, 32), autograd="squeeze() of all dimensions, the batch's too")
+@lenet("mmpretrain", shape=(1, 32, 32))
 class MMPretrain(nn.Module):
     """OpenMMLab's LeNet-5 backbone with its classifier: maps of one pixel squeezed into features."""
 

@@ -307,7 +307,7 @@ class ScalesWhenNeeded(SmallLeNet):
         return super().forward(x)
 
 
-@lenet("functional-weights", autograd="parameters in a list, not in layers")
+@lenet("functional-weights")
 class FunctionalWeights(nn.Module):
     """Meta-learning (MAML) code: a ParameterList and a list of what to do, weights as an argument of forward."""
 
