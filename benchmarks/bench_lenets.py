@@ -1,5 +1,6 @@
 """A training step of the published LeNets of the tests: eager, accelerated, by `FusedTrainer`; see README.md here."""
 
+import logging
 import os
 import random
 import sys
@@ -181,4 +182,5 @@ def main(
 
 
 if __name__ == "__main__":
+    logging.getLogger("lenet_fast").setLevel(logging.ERROR)  # what is left alone: the table says it
     typer.run(main)
