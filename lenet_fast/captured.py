@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from . import reference
+from . import ops, reference
 from .fusable import ACTIVATIONS, POOLS, LeftAlone, read_call
-from .links import Link, NetworkError
+from .links import LAYERS, NO_LAYER, Link, NetworkError
 from .tables import Connections
 
 __all__ = ["CALLS", "Reading", "read_forward", "read_graph"]
@@ -192,7 +192,7 @@ def _chain_of(graph: fx.Graph) -> list[fx.Node]:
     while not _is_images(chain[0]):
         inputs = [node for node in chain[0].all_input_nodes if not (_is_size(node) or _is_parameter(node))]
         if len(inputs) != 1:
-            raise LeftAlone(f"{call_label(chain[0])}: computed of {len(inputs)} results: expected that of one layer")
+            raise _left_alone(chain[0], f"computed of {len(inputs)} results, expected one: no chain of layers")
         chain.insert(0, inputs[0])
     known = set(chain)
     for node in nodes:
@@ -200,7 +200,7 @@ def _chain_of(graph: fx.Graph) -> list[fx.Node]:
             if _value(node) is None and not _is_size(node):
                 raise LeftAlone(f"{node.name}: a value that changes from call to call")
         elif not (node in known or _is_size(node) or _is_of_a_parameter(node)):
-            raise LeftAlone(f"{call_label(node)}: stands beside the chain of layers")
+            raise _left_alone(node, "stands beside the chain of layers")
     return chain
 
 
@@ -341,9 +341,9 @@ def _sizes(tensor: Tensor) -> str:
 
 def _read(node: fx.Node) -> Link:
     read = CALLS.get(node.target)
-    label = call_label(node)
     if read is None:
-        raise LeftAlone(f"{label}: no part of native steps")
+        raise _left_alone(node, "native steps have no such part")
+    label = call_label(node)
     try:
         return read(label, node)
     except LeftAlone as why:
@@ -396,6 +396,26 @@ def _matrix(label: str, node: fx.Node) -> Link:
     return Link(label, "linear", {}, _tensors(node, weight, _bias(node)))
 
 
+def _dropout(label: str, node: fx.Node) -> Link:
+    given = _arguments(node, "input", "p", "training")
+    if node.target in (torch.dropout, torch.dropout_, torch.feature_dropout, torch.feature_dropout_):
+        given["training"] = given.pop("train", given.get("training"))
+    maps = node.target in (F.dropout2d, torch.feature_dropout, torch.feature_dropout_)
+    p = given.get("p", 0.5) if given.get("training", True) else 0.0
+    if maps and _value(node).dim() != 4:
+        raise LeftAlone("a dropout of maps where there are none")
+    if not isinstance(p, int | float):
+        raise LeftAlone("its probability is computed")
+    return Link(label, "dropout", {"p": float(p), "maps": maps})
+
+
+def _log_softmax(label: str, node: fx.Node) -> Link:
+    given = _arguments(node, "input", "dim")
+    if given.get("dtype") is not None:
+        raise LeftAlone("in another dtype")
+    return Link(label, "log_softmax", {"dim": given.get("dim")})
+
+
 def _part(label: str, node: fx.Node) -> Link:
     kind, value = read_call(node)
     return Link(label, kind, {"name": value})
@@ -423,6 +443,10 @@ _SAME_VALUES = {
 CALLS: dict[Any, Callable[[str, fx.Node], Link]] = {
     torch.conv2d: _convolution,
     _linear: _matrix,
+    **{getattr(torch.ops.lenet_fast, name).default: _fused for name in ops.dispatched},
+    **dict.fromkeys((F.dropout, F.dropout2d, torch.dropout, torch.dropout_), _dropout),
+    **dict.fromkeys((torch.feature_dropout, torch.feature_dropout_), _dropout),
+    **dict.fromkeys((F.log_softmax, torch.log_softmax, "log_softmax"), _log_softmax),
     **{kind: _part for kind in (*ACTIVATIONS, *POOLS) if not isinstance(kind, type)},
 }
 
@@ -430,12 +454,24 @@ CALLS: dict[Any, Callable[[str, fx.Node], Link]] = {
 # --- what a call is called -------------------------------------------------------------------------------------------
 
 
-def call_label(node: fx.Node) -> str:
-    """The layer of PyTorch or this package that makes the call, or the call as a user writes it."""
+def _layer_of(node: fx.Node) -> tuple[str, type] | None:
+    """The dotted name and the type of the layer of PyTorch or this package that makes the call."""
     stack: Mapping[str, tuple[str, type]] = node.meta.get("nn_module_stack") or {}
-    for path, kind in list(stack.values())[-1:]:
-        if kind.__module__.startswith(("torch.nn.", "lenet_fast.nn")):
-            return _name(path)
+    path, kind = next(reversed(stack.values()), ("", object))
+    return (_name(path), kind) if kind.__module__.startswith(("torch.nn.", "lenet_fast.nn")) else None
+
+
+def _left_alone(node: fx.Node, why: str) -> LeftAlone:
+    layer = _layer_of(node)
+    if layer is not None and layer[1] not in LAYERS:
+        why = NO_LAYER.format(layer[1].__name__)
+    return LeftAlone(f"{call_label(node)}: {why}")
+
+
+def call_label(node: fx.Node) -> str:
+    """The layer that makes the call, or the call as a user writes it."""
+    if (layer := _layer_of(node)) is not None:
+        return layer[0]
     name = node.target if isinstance(node.target, str) else _function_name(node.target)
     given = [_text(value) for value in node.args if not isinstance(value, fx.Node) or _is_size(value)]
     given += [f"{name}={_text(value)}" for name, value in node.kwargs.items()]

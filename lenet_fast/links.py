@@ -11,8 +11,9 @@ from . import reference
 from .fusable import ACTIVATIONS, POOLS, LeftAlone, is_observed, read_layer
 from .nn import RBF, ConvActPool2d, ConvSubsample2d, FusedConv2d, SparseConvActPool2d
 
-__all__ = ["LAYERS", "OBSERVED", "Link", "NetworkError", "links_of_layers"]
+__all__ = ["LAYERS", "NO_LAYER", "OBSERVED", "Link", "NetworkError", "links_of_layers"]
 
+NO_LAYER = "native steps have no {}"
 OBSERVED = "it has hooks (pruning and weight norm are some) or a forward of its own"
 
 
@@ -27,7 +28,7 @@ class Link:
     Args:
         label: what messages call it: the name of a layer, or the call that the user wrote.
         kind: "convolution", "linear", "distances", "activation", "pool", "dropout", "flatten", "maps" (features as maps
-            of one value each), "log_softmax", or "images" (an image gets another shape before the first layer).
+            of one value each), "log_softmax", or "images" (every image gets another shape before the first layer).
         options: of that kind.
         tensors: a name and a tensor for each of "weight", "bias", "coefficient", "pool_bias", "codes" that it has.
     """
@@ -62,7 +63,7 @@ def links_of_layers(model: nn.Module) -> list[Link] | None:
             elif read is not None:
                 links.append(read(name, layer))
             elif type(layer).__module__.startswith("torch.nn.") and type(layer) not in _READ_BY_SHAPE:
-                raise LeftAlone(f"{type(layer).__name__} is no layer of native steps")
+                raise LeftAlone(NO_LAYER.format(type(layer).__name__))
             else:
                 complete = False
         except LeftAlone as why:
@@ -121,6 +122,15 @@ def _flatten(name: str, layer: nn.Flatten) -> Link:
     return Link(name, "flatten", {"start": layer.start_dim, "end": layer.end_dim})
 
 
+def _dropout(name: str, layer: nn.Dropout | nn.Dropout2d) -> Link:
+    p = float(layer.p) if layer.training else 0.0
+    return Link(name, "dropout", {"p": p, "maps": isinstance(layer, nn.Dropout2d)})
+
+
+def _log_softmax(name: str, layer: nn.LogSoftmax) -> Link:
+    return Link(name, "log_softmax", {"dim": layer.dim})
+
+
 def _activation(name: str, layer: nn.Module) -> Link:
     return Link(name, "activation", {"name": read_layer(layer).value})
 
@@ -136,6 +146,9 @@ LAYERS: dict[type, Callable[[str, Any], Link]] = {
     nn.Linear: _linear,
     RBF: _distances,
     nn.Flatten: _flatten,
+    nn.Dropout: _dropout,
+    nn.Dropout2d: _dropout,
+    nn.LogSoftmax: _log_softmax,
     **{kind: _activation for kind in ACTIVATIONS if isinstance(kind, type)},
     **{kind: _pool for kind in POOLS if isinstance(kind, type)},
 }

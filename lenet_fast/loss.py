@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .fusable import is_observed
+from .network import Network
 from .nn import RBF, MAPLoss
 
 __all__ = ["Loss"]
@@ -37,8 +38,13 @@ class Loss:
         """Whether labels have to be classes."""
         return self.given is None
 
-    def why_not_native(self, measures_distance: bool, ends_in_log_softmax: bool = False) -> str | None:
-        """Why native steps, which have cross-entropy and the MAP loss, do not have this one; None: they do."""
+    def why_not_native(self, network: Network) -> str | None:
+        """Why native steps, which have cross-entropy and the MAP loss, do not have this one; None: they do.
+
+        Raises:
+            ValueError: label smoothing of distances.
+        """
+        measures_distance = network.measures_distance
         given = self.given
         if given is None:
             if measures_distance and self.label_smoothing:
@@ -47,7 +53,7 @@ class Loss:
         plain = {"weight": None, "reduction": "mean"}
         fits = {
             nn.CrossEntropyLoss: not measures_distance,
-            nn.NLLLoss: ends_in_log_softmax,
+            nn.NLLLoss: network.ends_in_log_softmax,
             MAPLoss: measures_distance,
         }.get(type(given), False)
         if not fits or is_observed(given):

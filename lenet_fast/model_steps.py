@@ -108,6 +108,8 @@ class ModelSteps:
         for name, parameter in self.model.named_parameters():
             if id(parameter) not in known:
                 raise ValueError(f"{name}: was replaced after the trainer was made; make a new one")
+            if torch._debug_has_internal_overlap(parameter) == 1:
+                raise ValueError(f"{name}: several of its values are one in memory, strides {parameter.stride()}")
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if key == "step" or not isinstance(value, Tensor):
                     continue

@@ -25,6 +25,24 @@ class SizeError(NetworkError):
 
 
 @dataclass
+class _Drops:
+    """What dropout drops of the values at one place: of single values, and of whole maps, with which probability."""
+
+    values: float = 0.0
+    maps: float = 0.0
+
+    def add(self, p: float, maps: bool) -> None:
+        """Take in another dropout behind what there is: kept are the values that both keep."""
+        if maps:
+            self.maps += p * (1 - self.maps)
+        else:
+            self.values += p * (1 - self.values)
+
+    def __bool__(self) -> bool:
+        return self.values > 0 or self.maps > 0
+
+
+@dataclass
 class _Layer:
     """A convolution with its activation and pooling, or a dense layer with its activation.
 
@@ -39,6 +57,7 @@ class _Layer:
     pool: str = "none"  # "subsample" for ConvSubsample2d
     padding: int | str = 0
     connections: Connections | None = None
+    drops: "_Drops" = field(default_factory=lambda: _Drops())  # of its output, behind activation and pooling
 
     @property
     def has_bias(self) -> bool:
@@ -94,12 +113,20 @@ class _Layer:
         return functional.sparse_conv_act_pool(input, weight, bias, table=self.connections, **options)
 
     def follow(self, kind: str, value: str) -> None:
-        """Take in an activation or a pooling behind the layer."""
+        """Take in an activation or a pooling behind the layer and the dropout of its output.
+
+        The dropout moves behind them where that is the same: zeros and products stay what they are in a ReLU, and those
+        of a whole map in a pooling.
+        """
         if kind == "pool":
+            if self.drops.values:
+                raise LeftAlone("a pooling cannot follow a dropout of single values")
             if self.pool != "none" or self.is_dense:
                 raise LeftAlone(f"a pooling cannot follow {self.name}" + " and its pooling" * (self.pool != "none"))
             self.pool = value
         elif value != "identity":
+            if self.drops and value != "relu":
+                raise LeftAlone(f"{value} cannot follow a dropout")
             if self.activation != "identity":
                 raise LeftAlone(f"{self.name} has an activation already, {self.activation}")
             if self.pool not in ("none", "max"):  # every activation is nondecreasing: it may follow the maximum
@@ -113,11 +140,14 @@ class Network:
 
     Args:
         image: (C, H, W) that the network's own forward gives every image first; None: it takes them as they are.
+        ends_in_log_softmax: behind the last layer, where the cross-entropy of its scores is the same with and without.
     """
 
     layers: list[_Layer] = field(default_factory=list)
     codes: tuple[str, Tensor] | None = None
     image: tuple[int, int, int] | None = None
+    ends_in_log_softmax: bool = False
+    _image_drops: _Drops = field(default_factory=_Drops)
     _flattened: bool = False
 
     @classmethod
@@ -156,11 +186,15 @@ class Network:
         """
         if self.codes is not None:
             raise LeftAlone("nothing can follow the RBF layer")
-        if not self.layers and link.kind not in ("convolution", "images"):
+        if self.ends_in_log_softmax:
+            raise LeftAlone("nothing can follow log_softmax")
+        if not self.layers and link.kind not in ("convolution", "images", "dropout"):
             raise LeftAlone("a convolution has to come first")
         _TAKE[link.kind](self, link, **link.options)
 
     def _take_images(self, link: Link, shape: tuple[int, int, int]) -> None:
+        if self._image_drops:
+            raise LeftAlone("images get their shape behind a dropout")
         self.image = shape
 
     def _take_convolution(self, link: Link, **options: Any) -> None:
@@ -195,6 +229,18 @@ class Network:
     def _take_activation(self, link: Link, name: str) -> None:
         self._last_of_parts().follow("activation", name)
 
+    def _take_dropout(self, link: Link, p: float, maps: bool) -> None:
+        if maps and self._flattened and p:
+            raise LeftAlone("a dropout of maps cannot follow the flattening")
+        (self.layers[-1].drops if self.layers else self._image_drops).add(p, maps)
+
+    def _take_log_softmax(self, link: Link, dim: int | None) -> None:
+        if not self._flattened:
+            raise LeftAlone("log_softmax needs a flattening before it")
+        if dim not in (1, -1, None):
+            raise LeftAlone(f"of dimension {dim}, not 1")
+        self.ends_in_log_softmax = True
+
     def _last_of_parts(self) -> _Layer:
         """What an activation or a pooling belongs to."""
         last = self.layers[-1]
@@ -216,7 +262,7 @@ class Network:
             raise NetworkError(f"{self.codes[0]}: codes that are trained")
 
     def compute(self, input: Tensor, tensors: Iterable[Tensor]) -> Tensor:
-        """What the model computes, (N, C, H, W) to scores or distances (N, classes), by the package's operators.
+        """Scores or distances (N, classes) of images (N, C, H, W), by the package's operators, without dropout.
 
         Args:
             tensors: in the place of what `tensors()` returns.
@@ -226,6 +272,11 @@ class Network:
             input = layer.compute(input, remaining)
         features = input.flatten(1)
         return features if self.codes is None else functional.rbf(features, next(remaining))
+
+    def dropout(self) -> list[float]:
+        """The probabilities of dropping, as the native steps take them; empty: nothing is dropped."""
+        places = [self._image_drops, *(layer.drops for layer in self.layers)]
+        return [p for drops in places for p in (drops.values, drops.maps)] if any(places) else []
 
     @property
     def measures_distance(self) -> bool:
@@ -306,6 +357,8 @@ _TAKE: dict[str, Callable[..., None]] = {
     "maps": Network._take_maps,
     "pool": Network._take_pool,
     "activation": Network._take_activation,
+    "dropout": Network._take_dropout,
+    "log_softmax": Network._take_log_softmax,
 }
 
 

@@ -58,9 +58,15 @@ class Reader:
 
     def _look(self) -> None:
         """See to it that what is known is of the model as it is now."""
-        if self._snapshot is not None and self._snapshot.holds():
+        if (
+            self._snapshot is not None
+            and self._snapshot.holds()
+            and all(layer.training is mode for layer, mode in self._dropouts)
+        ):
             return
         self._snapshot = Snapshot(self.model)
+        dropouts = (layer for layer in self.model.modules() if isinstance(layer, nn.Dropout | nn.Dropout2d))
+        self._dropouts = [(layer, layer.training) for layer in dropouts]  # of whose modes a snapshot knows nothing
         self._network: Network | None = None
         self._refusal: str | None = None
         self._captured: tuple[Reading, Network] | None = None

@@ -14,7 +14,7 @@ from .eager import check_memory
 from .functional import check_choice
 from .lenet import InputSpec
 from .loss import Loss
-from .training_steps import TrainingSteps
+from .training_steps import Masks, TrainingSteps
 from .watch import Watch
 
 __all__ = ["FusedTrainer", "History", "TrainingError"]
@@ -156,12 +156,13 @@ class FusedTrainer:
         """Of `torch.optim`, over the parameters of the model; its settings and state are those of the training."""
         return self._steps.optimizer
 
-    def step(self, images: Tensor, labels: Tensor) -> float:
+    def step(self, images: Tensor, labels: Tensor, *, generator: torch.Generator | None = None) -> float:
         """One training step on one batch; returns the mean loss before the update.
 
         Args:
-            images: floating (N, C, H, W) as the model takes it and of its dtype, or uint8 (N, H, W).
-            labels: (N,), integers from 0 to the number of classes - 1.
+            images: floating (N, C, H, W) as the model takes it and of its dtype, or uint8 (N, H, W) or (N, C, H, W).
+            labels: (N,), integers from 0 to the number of classes - 1; for a loss of the user's own, what that takes.
+            generator: draws the seed of dropout in native steps; None: PyTorch's default one of the CPU.
 
         Raises:
             TrainingError: the loss is not finite; the step was not taken.
@@ -171,7 +172,8 @@ class FusedTrainer:
         images, labels = self._check_data(images, labels)
         if images.is_cuda:
             self._steps.check(images, labels, len(labels))
-        losses, _ = self._steps.take(images, labels, None, len(labels), [self._steps.group()["lr"]])
+        rates = [self._steps.group()["lr"]]
+        losses, _ = self._steps.take(images, labels, None, len(labels), rates, Masks(generator))
         (loss,) = losses.tolist()
         if not math.isfinite(loss):
             raise TrainingError(_not_finite(1))
@@ -194,8 +196,9 @@ class FusedTrainer:
         Args:
             images, labels: the whole data set, as `step` takes a batch.
             batch_size: images a step.
-            generator: draws the orders, `torch.randperm(N, generator=generator)` on its device; None: PyTorch's default
-                one of the CPU. The same generator gives the same batches wherever the model is.
+            generator: draws the orders, `torch.randperm(N, generator=generator)` on its device, and behind the first of
+                them the seed of dropout in native steps; None: PyTorch's default one of the CPU. The same generator
+                gives the same batches wherever the model is.
             on_step: called for every step, counted from 1, with its mean loss; several steps at a time, ten times a
                 second or more. The parameters may be those of a later step by then.
 
@@ -209,12 +212,13 @@ class FusedTrainer:
         self._steps.check(images, labels, batch_size)
         steps = math.ceil(len(labels) / batch_size)
         losses, correct = [], []
+        masks = Masks(generator)
         drawn_on = torch.device("cpu") if generator is None else generator.device
         pinned = images.is_cuda and drawn_on.type == "cpu"
-        for epoch in range(epochs):
+        for _ in range(epochs):
             order = torch.randperm(len(labels), generator=generator, device=drawn_on, pin_memory=pinned)
             rates = [self._steps.group()["lr"]] * steps
-            results = self._run(images, labels, order, batch_size, rates, on_step, epoch * steps)
+            results = self._run(images, labels, order, batch_size, rates, masks, on_step)
             losses.append(results[0])
             correct.append(results[1])
         return History(torch.stack(losses), torch.stack(correct), len(labels))
@@ -227,11 +231,14 @@ class FusedTrainer:
         batch_size: int,
         learning_rates: Sequence[float] | None = None,
         on_step: OnStep | None = None,
+        *,
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Train on the images that `order` names, int64 (M,), batch after batch; see `run`.
 
         Args:
             learning_rates: one for each step; None: the optimizer's.
+            generator: draws the seed of dropout in native steps; None: PyTorch's default one of the CPU.
 
         Returns:
             The mean loss, float64, and the number of images classified rightly, int64, of each step.
@@ -249,7 +256,7 @@ class FusedTrainer:
         rates = [self._steps.group()["lr"]] * steps if learning_rates is None else list(learning_rates)
         if len(rates) != steps:
             raise ValueError(f"learning_rates: expected one for each of the {steps} steps, got {len(rates)}")
-        return self._run(images, labels, order, batch_size, rates, on_step)
+        return self._run(images, labels, order, batch_size, rates, Masks(generator), on_step)
 
     def state_dict(self) -> dict[str, Any]:
         """State of the optimizer, in the form of `torch.optim`; the parameters are in the model's own `state_dict`."""
@@ -271,10 +278,11 @@ class FusedTrainer:
         order: Tensor,
         batch_size: int,
         rates: list[float],
+        masks: Masks,
         on_step: OnStep | None,
-        before: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """`run_epoch` on checked arguments; `before` steps were taken in other epochs."""
+        """`run_epoch` on checked arguments; `masks.first_step` steps were taken in other epochs."""
+        before = masks.first_step
         order = order.to(images.device, non_blocking=True).contiguous()
         losses, correct = [], []
         done, steps_a_call = 0, self._pace[1] if self._pace[0] == batch_size else 1
@@ -291,7 +299,8 @@ class FusedTrainer:
         while done < len(rates):
             queued = self._steps.are_queued(images, labels, len(order), batch_size)
             stop = len(rates) if queued else min(len(rates), done + steps_a_call)
-            data = images, labels, order[done * batch_size : stop * batch_size], batch_size, rates[done:stop]
+            data = images, labels, order[done * batch_size : stop * batch_size], batch_size, rates[done:stop], masks
+            masks.first_step = before + done
             started = time.perf_counter()
             if queued:
                 results = self._watched_call(*data, note)
@@ -303,6 +312,7 @@ class FusedTrainer:
                 note(results[0].tolist())
             losses.append(results[0])
             correct.append(results[1])
+        masks.first_step = before + done
         return torch.cat(losses), torch.cat(correct)
 
     def _watched_call(
@@ -312,13 +322,14 @@ class FusedTrainer:
         order: Tensor,
         batch_size: int,
         rates: list[float],
+        masks: Masks,
         note: Callable[[list[float]], None],
     ) -> tuple[Tensor, Tensor]:
         """A call that only queues the steps: what it returned of those that were taken, when all have ended."""
         stream = torch.cuda.current_stream(images.device)
         watch = Watch(len(rates))
         try:
-            losses, correct = self._steps.take(images, labels, order, batch_size, rates, watch.memory)
+            losses, correct = self._steps.take(images, labels, order, batch_size, rates, masks, watch.memory)
             taken = watch.follow(stream.record_event(), note)
         except BaseException:
             watch.stop()

@@ -6,7 +6,7 @@ A step on one image takes tens of microseconds in native code, and so does walki
 import itertools
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ class TrainingOperands:
         return self._numbers[image]
 
     def refusal(self, image: tuple[int, int, int]) -> str | None:
-        """Why there are no native steps on images (C, H, W); None: there are. A reason is said once, as a warning.
+        """Why there are no native steps on images (C, H, W), but CUDA graphs; None: there are.
 
         Raises:
             NetworkError: as `numbers`.
@@ -57,16 +57,19 @@ class TrainingOperands:
         if self.parameter.device.type not in QUEUES:
             return None
         if image not in self._refusals:
-            reason = self._refusals[image] = self._try_on_nothing(image)
-            if reason is not None and reason not in self._said:
-                self._said.add(reason)
-                warnings.warn(
-                    f"lenet_fast: no training in one launch: {reason}. The steps are CUDA graphs of the operators, "
-                    "autograd and torch.optim.",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+            self._refusals[image] = self._try_on_nothing(image)
         return self._refusals[image]
+
+    def warn_of(self, refusal: str | None) -> None:
+        """Say once that the steps are CUDA graphs, and why."""
+        if refusal is not None and refusal not in self._said:
+            self._said.add(refusal)
+            warnings.warn(
+                f"lenet_fast: no training in one launch: {refusal}. The steps are CUDA graphs of the operators, "
+                "autograd and torch.optim.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _try_on_nothing(self, image: tuple[int, int, int]) -> str | None:
         """What the native steps say of the network when they are given no images."""
@@ -86,7 +89,7 @@ class TrainingOperands:
             return reason
         return None
 
-    def look(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> None:
+    def look(self, shapes: Iterable[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> None:
         """Bring the network and its parameters up to date with the model.
 
         Args:
@@ -103,6 +106,7 @@ class TrainingOperands:
             self.names, self.parameters = zip(*network.named_parameters(), strict=True)
             self.tensor_names, self.tensors = zip(*network.named_tensors(), strict=True)
             self.tensors = list(self.tensors)
+            self.dropout = network.dropout()
             self._check_parameters()
             self.network = network
         elif self._marks_now() != self._marks:

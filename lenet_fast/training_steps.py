@@ -3,7 +3,8 @@
 import contextlib
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,14 +17,35 @@ from .lenet import InputSpec
 from .loss import Loss
 from .model_steps import ModelSteps
 from .network import NetworkError, SizeError
+from .nn import FusedConv2d
 from .training_operands import QUEUES, TrainingOperands
 
-__all__ = ["TrainingSteps"]
+__all__ = ["Masks", "TrainingSteps"]
 
 _NATIVE = "whole steps in native code"
 _BY_GRAPHS = "CUDA graphs of the operators, autograd and torch.optim"
 _BY_AUTOGRAD = "accelerated forward, autograd and torch.optim"
 _log = logging.getLogger("lenet_fast.trainer")
+
+
+@dataclass
+class Masks:
+    """What the masks of dropout in native steps are drawn from, besides a step's number.
+
+    Args:
+        generator: draws the seed, once, where there is a dropout; None: PyTorch's default one of the CPU.
+        first_step: number of the next step in the training.
+    """
+
+    generator: torch.Generator | None
+    first_step: int = 0
+    _seed: int | None = None
+
+    def seed(self) -> int:
+        if self._seed is None:
+            device = "cpu" if self.generator is None else self.generator.device
+            self._seed = int(torch.randint(2**63 - 1, (), generator=self.generator, device=device))
+        return self._seed
 
 
 class TrainingSteps:
@@ -55,6 +77,7 @@ class TrainingSteps:
         self._loss = loss
         self._native_only = native_only
         self._by_model = ModelSteps(model, optimizer, loss, self._prepare)
+        self._image: tuple[int, int, int]  # (C, H, W) of what arrives at the network's first layer
         self._said: tuple[str | None, str] | None = None  # why the last steps were not native, and what took them
         self._graphed: tuple[tuple, GraphedSteps] | None = None  # what they are of
         known = not self.operands.reader.is_handwritten
@@ -101,8 +124,10 @@ class TrainingSteps:
             images: None: of the size that `input_spec` says, or of any size where the answer is the same for all.
         """
         if images is None and self.input_spec is not None:
-            side = self.input_spec.size
-            images = torch.empty((2, side, side), dtype=torch.uint8, device=self.device)
+            kinds = nn.Conv2d | FusedConv2d
+            channels = next((layer.in_channels for layer in self.model.modules() if isinstance(layer, kinds)), 1)
+            shape = 2, channels, self.input_spec.size, self.input_spec.size
+            images = torch.empty(shape, dtype=torch.uint8, device=self.device)
         with _in_training_mode(self.model):
             if images is not None:
                 return self._sentence(images, self._why_not_native(images, None, len(images), len(images)))
@@ -117,7 +142,10 @@ class TrainingSteps:
 
     def _say_early(self) -> None:
         """Raise, or warn, where steps on images of the size that `input_spec` says will not be native."""
-        how = self.how(None)
+        try:
+            how = self.how(None)
+        except SizeError:  # perhaps it is trained on other images
+            return
         if self._native_only and how.startswith(_BY_AUTOGRAD):
             raise NetworkError(how.removeprefix(f"{_BY_AUTOGRAD}: "))
 
@@ -126,7 +154,8 @@ class TrainingSteps:
             return f"{_BY_AUTOGRAD}: {reason}"
         if images.device.type not in QUEUES:
             return _NATIVE
-        refusal = self.operands.refusal(self._image_shape(images))
+        refusal = self.operands.refusal(self._image)
+        self.operands.warn_of(refusal)
         return f"{_NATIVE}, one launch an epoch" if refusal is None else f"{_BY_GRAPHS}: {refusal}"
 
     def _why_not_native(self, images: Tensor, labels: Tensor | None, number: int, batch_size: int) -> str | None:
@@ -136,13 +165,15 @@ class TrainingSteps:
             SizeError: images that do not fit the model.
             TypeError, ValueError: images of another kind than its network takes.
         """
-        sizes = {min(batch_size, number), number % batch_size or batch_size}
+        operands = self.operands
         prepared = images.dtype == torch.uint8 and self.input_spec is not None
-        shape = (1, self.input_spec.size, self.input_spec.size) if prepared else tuple(images.shape[1:])
         try:
-            self._look([(size, *shape) for size in sizes], None if prepared else images.dtype)
+            self._look(self._batches(images, number, batch_size), None if prepared else images.dtype)
             self._check_images(images)
-            classes = self.operands.numbers(self._image_shape(images))[4]
+            self._image = image = operands.network.image or self._prepared_shape(images)
+            classes = operands.numbers(image)[4]
+            if operands.dropout and (refusal := operands.refusal(image)):
+                raise NetworkError(f"dropout: CUDA graphs of the operators have none, and {refusal}")
         except SizeError:
             raise
         except NetworkError as error:
@@ -151,14 +182,19 @@ class TrainingSteps:
             return None
         return "loss: its labels are no classes"
 
-    def _look(self, shapes: list[tuple[int, ...]], dtype: torch.dtype | None = None) -> None:
+    def _batches(self, images: Tensor, number: int, batch_size: int) -> Iterator[tuple[int, ...]]:
+        """The shapes of the batches that the model gets."""
+        for size in {min(batch_size, number), number % batch_size or batch_size}:
+            yield size, *self._prepared_shape(images)
+
+    def _look(self, shapes: Iterable[tuple[int, ...]], dtype: torch.dtype | None = None) -> None:
         """Bring the operands up to date.
 
         Raises:
             NetworkError: there are no native steps; names the part.
         """
         self.operands.look(shapes, dtype or self._like.dtype, self.device)
-        if (reason := self._loss.why_not_native(self.operands.network.measures_distance)) is not None:
+        if (reason := self._loss.why_not_native(self.operands.network)) is not None:
             raise NetworkError(reason)
 
     def _check_images(self, images: Tensor) -> None:
@@ -167,21 +203,19 @@ class TrainingSteps:
                 raise ValueError(
                     "images: uint8 ones need an input_spec, and the model has none; name it or pass floats"
                 )
-            if images.dim() != 3:
-                raise ValueError(f"images: expected uint8 (N, H, W), got shape {tuple(images.shape)}")
+            if images.dim() not in (3, 4):
+                raise ValueError(f"images: expected uint8 (N, H, W) or (N, C, H, W), got shape {tuple(images.shape)}")
             return
         if images.dtype != (expected := self.operands.parameter.dtype):
             raise TypeError(f"images: expected uint8 or {expected} as the model has, got {images.dtype}")
         if images.dim() != 4 and self.operands.network.image is None:
             raise ValueError(f"images: expected (N, C, H, W), got shape {tuple(images.shape)}")
 
-    def _image_shape(self, images: Tensor) -> tuple[int, int, int]:
-        """(C, H, W) of what arrives at the network's first layer."""
-        if self.operands.network.image is not None:
-            return self.operands.network.image
-        if images.dtype == torch.uint8:
-            return 1, self.input_spec.size, self.input_spec.size
-        return tuple(images.shape[1:])
+    def _prepared_shape(self, images: Tensor) -> tuple[int, ...]:
+        """Of an image as the model gets it."""
+        if images.dtype != torch.uint8 or self.input_spec is None or images.dim() not in (3, 4):
+            return tuple(images.shape[1:])
+        return 1 if images.dim() == 3 else images.shape[1], self.input_spec.size, self.input_spec.size
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
@@ -194,7 +228,7 @@ class TrainingSteps:
         self._begin()
         if self._why_not_native(images, labels, len(images), batch_size) is None and labels.is_cuda:
             low, high = torch.stack(labels.aminmax()).tolist()  # on the CPU the native steps look at them
-            classes = self.operands.numbers(self._image_shape(images))[4]
+            classes = self.operands.numbers(self._image)[4]
             if low < 0 or high >= classes:
                 raise ValueError(f"labels: expected 0 to {classes - 1}, got {low} to {high}")
 
@@ -205,7 +239,7 @@ class TrainingSteps:
         self._begin()
         if self._why_not_native(images, labels, number, batch_size) is not None:
             return False
-        return self.operands.refusal(self._image_shape(images)) is None
+        return self.operands.refusal(self._image) is None
 
     def take(
         self,
@@ -214,6 +248,7 @@ class TrainingSteps:
         order: Tensor | None,
         batch_size: int,
         rates: Sequence[float],
+        masks: Masks,
         watch: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """A step for each of the learning rates; of graphs, perhaps only the first ones.
@@ -221,6 +256,7 @@ class TrainingSteps:
         Args:
             images, labels: contiguous, labels int64.
             order: of the images, None: as they lie.
+            masks: of dropout in native steps.
             watch: see `Watch`; where the steps are queued.
 
         Returns:
@@ -243,13 +279,15 @@ class TrainingSteps:
                 raise NetworkError(reason)
             return self._by_model.take(images, labels, order, batch_size, rates)
         settings = self._refresh()
-        operands, spec, image = self.operands, self.input_spec, self._image_shape(images)
+        operands, spec, image = self.operands, self.input_spec, self._image
         torch.autograd.graph.increment_version(operands.trained)
-        if operands.refusal(image) is not None:
+        if (refusal := operands.refusal(image)) is not None:
+            operands.warn_of(refusal)
             return self._graphs(settings)(images, labels, order, batch_size, rates)
         scale, background = (0.0, 0.0) if spec is None else ((spec.foreground - spec.background) / 255, spec.background)
         if operands.network.image is not None and images.dtype != torch.uint8:
             images = images.reshape(len(images), *image)
+        j, label_smoothing = self._loss.settings()
         return torch.ops.lenet_fast.network_train(
             operands.numbers(image),
             operands.tensors,
@@ -266,11 +304,11 @@ class TrainingSteps:
             self._kind,
             settings,
             list(map(float, rates)),
-            self._loss.settings()[0],
-            [],
-            0,
-            0,
-            0.0,
+            j,
+            operands.dropout,
+            masks.seed() if operands.dropout else 0,
+            masks.first_step,
+            label_smoothing,
             watch,
         )
 
