@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import math
 import pickle
 import random
 from itertools import chain
@@ -10,12 +11,14 @@ from itertools import chain
 import pytest
 import torch
 import torch.nn.functional as F
-from public_lenets import LENETS
+from public_lenets import LENETS, Scores
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import lenet_fast as lf
+from lenet_fast.dropout_masks import mask
 
 nets = pytest.mark.parametrize("entry", LENETS.values(), ids=LENETS)
 
@@ -522,51 +525,110 @@ def test_features(feature, net):
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def no_dropout(monkeypatch):
-    """Dropout that drops nothing: what PyTorch and native code draw differs."""
-    for name in ("dropout", "dropout2d"):
-        monkeypatch.setattr(F, name, lambda input, p=0.5, training=True, inplace=False: input)
+single = pytest.mark.parametrize(
+    "entry",
+    [entry for entry in LENETS.values() if entry.images == 1],
+    ids=[name for name, entry in LENETS.items() if entry.images == 1],
+)
+SETTINGS = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3}
 
 
-def without_dropout(model):
-    for layer in model.modules():
-        if isinstance(layer, nn.Dropout | nn.Dropout2d):
-            layer.p = 0.0
-    return model
+class SameDropout(TorchFunctionMode):
+    """Plain PyTorch with the masks of the native steps, those of the input of the layer that comes next."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.seed = seed
+        self.step = -1
+        self.place = 0
+
+    def __enter__(self):
+        self.step += 1
+        self.place = 0
+        return super().__enter__()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in (torch.conv2d, F.linear):
+            self.place += 1
+        if function in (F.dropout, F.dropout2d):
+            return self.dropout(*args, maps=function is F.dropout2d, **kwargs)
+        return function(*args, **kwargs)
+
+    def dropout(self, input, p=0.5, training=True, inplace=False, *, maps):
+        if not training:
+            return input
+        return input * mask(self.seed, self.step, self.place, input.shape, p, maps=maps, dtype=input.dtype)
 
 
-def plain_training(model, images, labels, order, batch_size, **settings):
+def plain_training(model, images, labels, order, batch_size, dropout):
     """The losses of each step; the model is trained in place."""
-    optimizer = torch.optim.SGD(model.parameters(), **settings)
+    optimizer = torch.optim.SGD(model.parameters(), **SETTINGS)
     losses = []
     for batch in order.split(batch_size):
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(images[batch]), labels[batch])
+        with dropout:
+            loss = F.cross_entropy(model(images[batch]), labels[batch])
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
     return torch.stack(losses)
 
 
-@pytest.mark.parametrize(
-    "entry",
-    [entry for entry in LENETS.values() if entry.images == 1],
-    ids=[n for n, e in LENETS.items() if e.images == 1],
-)
-@pytest.mark.usefixtures("no_dropout")
+@single
 def test_training(entry):
-    """Steps of momentum SGD on batches of 4, 4 and 2."""
-    plain, fast = (without_dropout(entry.trainable(entry.model(torch.float64))) for _ in range(2))
-    (images,) = entry.inputs(10, torch.float64)[:1]
-    labels = entry.labels(10)
-    order = torch.randperm(10, generator=torch.Generator().manual_seed(5))
-    settings = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3}
+    """Three steps on batches of 4, 4 and 2, dropout included."""
+    plain, fast = (entry.trainable(entry.model(torch.float64)) for _ in range(2))
+    images, labels = entry.inputs(10, torch.float64)[0], entry.labels(10)
+    generator = torch.Generator().manual_seed(5)
+    order = torch.randperm(10, generator=generator)
     seed()
-    expected = plain_training(plain, images, labels, order, 4, **settings)
-    trainer = lf.FusedTrainer(fast, "sgd", **settings)
+    if entry.autograd:
+        dropout = contextlib.nullcontext()
+    else:
+        dropout = SameDropout(int(torch.randint(2**63 - 1, (), generator=generator)))
+    expected = plain_training(plain, images, labels, order, 4, dropout)
+    trainer = lf.FusedTrainer(fast, "sgd", **SETTINGS)
     seed()
     history = trainer.run(images, labels, batch_size=4, generator=torch.Generator().manual_seed(5))
     torch.testing.assert_close(history.losses[0], expected, rtol=1e-9, atol=1e-9)
     assert_same(fast.state_dict(), plain.state_dict(), 1e-9)
     assert ("native" if not entry.autograd else "autograd") in trainer.how(images)
+    for name in ("iter_num", "feature_maps"):  # what forward leaves on the model
+        assert (name in vars(fast)) is (name in vars(plain))
+    assert vars(fast).get("iter_num") == vars(plain).get("iter_num")
+
+
+@single
+def test_native_only(entry):
+    """Raises, and trains nothing, exactly where steps are not native."""
+    model = entry.trainable(entry.model())
+    batch = entry.inputs(4)[0], entry.labels(4)
+    before = copy.deepcopy(model.state_dict())
+    if not entry.autograd:
+        assert math.isfinite(lf.FusedTrainer(model, "sgd", lr=0.1, native_only=True).step(*batch))
+        return
+    with pytest.raises(ValueError, match=r"\w"):
+        lf.FusedTrainer(model, "sgd", lr=0.1, native_only=True).step(*batch)
+    assert_same(model.state_dict(), before, 0.0)
+
+
+@pytest.mark.parametrize("net", [name for name, entry in LENETS.items() if entry.scores])
+def test_training_with_a_loss_of_several_results(net):
+    """No module around it: the loss picks the scores from what the model returns."""
+    entry = LENETS[net]
+    around, model = (entry.model(torch.float64) for _ in range(2))
+    images, labels = entry.inputs(6, torch.float64)[0], entry.labels(6)
+    seed()
+    expected = lf.FusedTrainer(Scores(around, entry.scores), "sgd", **SETTINGS)
+    losses = [expected.step(images, labels) for _ in range(2)]
+
+    def loss(outputs, labels):
+        return F.cross_entropy(entry.scores(outputs), labels)
+
+    seed()
+    trainer = lf.FusedTrainer(model, "sgd", loss=loss, **SETTINGS)
+    assert [trainer.step(images, labels) for _ in range(2)] == pytest.approx(losses, rel=1e-9)
+    assert_same(model.state_dict(), around.state_dict(), 1e-9)
+    with pytest.raises(TypeError, match="outputs: expected a tensor"):
+        lf.FusedTrainer(entry.model(torch.float64), "sgd", lr=0.1).step(images, labels)

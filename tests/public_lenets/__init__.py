@@ -5,6 +5,6 @@ forward makes anew, dropout that is never switched off. None is a copy. `LENETS`
 """
 
 from . import adaptation, federated, libraries, pytorch, repositories, research  # noqa: F401 (they fill LENETS)
-from .entry import LENETS, PublicLeNet
+from .entry import LENETS, PublicLeNet, Scores
 
-__all__ = ["LENETS", "PublicLeNet"]
+__all__ = ["LENETS", "PublicLeNet", "Scores"]
