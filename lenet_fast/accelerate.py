@@ -20,8 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .dynamo import call_compiled
-from .eager import is_intercepted
+from .dynamo import call_compiled, is_plain
 from .fusable import ACTIVATIONS, NO_POOLING, POOLS, is_observed
 from .nn import ConvActPool2d, FusedConv2d
 from .runs import NOT_CALLED, Captured, CapturedRun, read_sequential
@@ -219,16 +218,21 @@ class _Record:
 
     def _named(self, run: CapturedRun, inputs: tuple[Any, ...]) -> Run:
         """The run with its layers' names in the model, which may be other than those where the graph starts."""
-        model = self._model()
         seen = run.parts[0].split(".")
-        names = {name: layer for name, layer in model.named_modules() if name.rpartition(".")[2] == seen[-1]}
-        if run.weight is not None:
-            weight = inputs[run.weight]
-            names = {name: n for name, n in names.items() if n._parameters.get("weight") is weight} or names
-        own = next(iter(names), run.parts[0]).split(".")
-        while seen and own and seen[-1] == own[-1]:
-            seen, own = seen[:-1], own[:-1]
-        start, prefix = "".join(f"{name}." for name in seen), "".join(f"{name}." for name in own)
+        weight = None if run.weight is None else inputs[run.weight]
+        own: list[str] = []
+        most = (False, 0)
+        for name, layer in self._model().named_modules():
+            path = name.split(".")
+            same = next(
+                (i for i, (a, b) in enumerate(zip(seen[::-1], path[::-1], strict=False)) if a != b),
+                min(len(seen), len(path)),
+            )
+            fits = weight is not None and layer._parameters.get("weight") is weight, same
+            if same and fits > most:
+                own, most = path[:-same], fits
+        start = "".join(f"{name}." for name in seen[: len(seen) - most[1]])
+        prefix = "".join(f"{name}." for name in own)
         parts = (part if part.endswith("()") else prefix + part.removeprefix(start) for part in run.parts)
         return Run(tuple(parts), run.reason)
 
@@ -261,7 +265,7 @@ def _attach(module: nn.Module) -> None:
         caller = sys._getframe(1)
         if caller.f_code is _CALL and (called := caller.f_locals["self"]) is not model:
             return called._call_impl(*args, **kwargs)  # it took over the model's __dict__: DataParallel's replicas
-        if record.called or is_intercepted():
+        if record.called or is_plain():
             return call_compiled(record, model, *args, **kwargs)
         output = call_compiled(record, model, *args, **kwargs)
         record.take_first_call()

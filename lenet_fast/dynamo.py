@@ -5,6 +5,7 @@ This backend puts the fused operator in the place of each run, and leaves everyt
 Importing this module imports no part of Dynamo, which takes a second: that happens when a model is first called.
 """
 
+import collections
 import functools
 import logging
 import os
@@ -20,7 +21,7 @@ from torch import Tensor, fx, nn
 from .eager import is_intercepted
 from .runs import CapturedRun, fuse
 
-__all__ = ["Listener", "backend", "call_compiled", "compiled_forward"]
+__all__ = ["Listener", "backend", "call_compiled", "compiled_forward", "is_plain"]
 
 _log = logging.getLogger("lenet_fast.accelerate")  # the package's users know accelerate, not how it is made
 
@@ -57,7 +58,7 @@ def backend(
     if options:
         raise ValueError(f"options: expected 'inductor' alone, got {', '.join(map(repr, options))}")
     fuse(graph_module)
-    _guard_hooks()
+    _guard_modules()
     if not with_inductor:
         return graph_module.forward
     from torch._inductor.compile_fx import compile_fx
@@ -65,15 +66,57 @@ def backend(
     return compile_fx(graph_module, example_inputs)
 
 
-def _guard_hooks() -> None:
-    """Have the graph that is being compiled guarded against hooks that are added later, which PyTorch leaves out."""
+# --- guards that PyTorch leaves out ----------------------------------------------------------------------------------
+
+
+def _guard_modules() -> None:
+    """Have the graph that is being compiled guarded against hooks added later, and methods replaced on classes."""
     from torch._dynamo.guards import GuardBuilder
+    from torch._dynamo.source import GlobalStateSource
     from torch._guards import TracingContext
 
-    guards = TracingContext.get().guards_context.dynamo_guards
+    context = TracingContext.get()
+    guards = context.guards_context.dynamo_guards
     for guard in list(guards):
         if guard.create_fn_name() == "EMPTY_NN_MODULE_HOOKS_DICT":
             guards.add(guard.originating_source.make_guard(GuardBuilder.SEQUENCE_LENGTH))
+    if methods := _traced_methods(frozenset(context.traced_code)):
+        guards.add(GlobalStateSource().make_guard(functools.partial(_guard_methods, methods)))
+
+
+def _traced_methods(traced: frozenset[types.CodeType]) -> tuple[tuple[type, str, types.FunctionType], ...]:
+    """The methods of modules in the frame that is being compiled whose code went into its graph."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    scope = InstructionTranslator.current_tx().output.local_scope
+    kinds = {type(part) for value in scope.values() if isinstance(value, nn.Module) for part in value.modules()}
+    return tuple(
+        (kind, name, method)
+        for kind in kinds
+        for name in dir(kind)
+        if isinstance(method := getattr(kind, name, None), types.FunctionType)
+        and method.__code__ in traced
+        and method.__module__.partition(".")[0] != "torch"
+    )
+
+
+def _guard_methods(methods: tuple[tuple[type, str, types.FunctionType], ...], builder: Any, guard: Any) -> None:
+    """A guard as those of Dynamo's `GuardBuilder`."""
+    references = tuple(
+        (weakref.ref(kind), name, weakref.ref(method), method.__code__) for kind, name, method in methods
+    )
+
+    def hold() -> bool:
+        for kind, name, method, code in references:
+            now = getattr(kind(), name, None)
+            if now is None or now is not method() or now.__code__ is not code:
+                return False
+        return True
+
+    told = ", ".join(f"{kind.__name__}.{name}" for kind, name, _ in methods)
+    builder.add_python_lambda_leaf_guard_to_root(
+        ["___methods_hold()"], [f"unchanged {told}"], {"___methods_hold": hold}
+    )
 
 
 # --- calls of models -------------------------------------------------------------------------------------------------
@@ -104,6 +147,11 @@ def compiled_forward(model: nn.Module) -> Callable[..., Any]:
     return functools.partial(call_compiled, None, model)
 
 
+def is_plain() -> bool:
+    """Whether a call runs as PyTorch does: other tools look on, which have to see PyTorch's own operators."""
+    return is_intercepted() or torch.fx._symbolic_trace.is_fx_symbolic_tracing() or torch.compiler.is_exporting()
+
+
 def call_compiled(listener: Listener | None, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Call `model` with its runs fused; plainly where other tools look on, which have to see PyTorch's operators."""
     if torch.compiler.is_dynamo_compiling():  # `torch.compile` of the model, say
@@ -111,7 +159,7 @@ def call_compiled(listener: Listener | None, model: nn.Module, *args: Any, **kwa
 
         comptime(_fuse_before_other_backends)
         return model._call_impl(*args, **kwargs)
-    if torch.compiler.is_compiling() or is_intercepted() or torch.fx._symbolic_trace.is_fx_symbolic_tracing():
+    if is_plain():
         return model._call_impl(*args, **kwargs)
     compiled = _compiled.get(type(model)) or _compile(type(model))
     outer = _current.listener
@@ -162,6 +210,7 @@ def _compile(cls: type[nn.Module]) -> Callable[..., Any]:
 def _fuse_and_tell(graph_module: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
     """As `backend`; tells the listener of each call."""
     graph = fuse(graph_module)
+    _guard_modules()
     forward = graph_module.forward
 
     def run(*inputs: Any) -> Any:
@@ -193,7 +242,7 @@ class _Converter:
         self._convert = convert
         self._code = code
         self._name = name
-        self._failures = 0
+        self._failures: collections.Counter[types.CodeType] = collections.Counter()
 
     def _clone_with_backend(self, backend: Callable[..., Any]) -> "_Converter":
         """Without the backend that splits graphs for DistributedDataParallel: here autograd's hooks run as ever."""
@@ -201,20 +250,20 @@ class _Converter:
 
     def __call__(self, frame: Any, cache_entry: Any, hooks: Any, frame_state: Any, skip: int = 0) -> Any:
         from torch._dynamo import config
-        from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
+        from torch._dynamo.types import ConvertFrameReturn, FrameAction
         from torch._dynamo.utils import graph_break_reasons
 
         breaks = len(graph_break_reasons)
         outer, _current.converts = _current.converts, True
         limit = max(_COMPILATIONS, config.recompile_limit)
         accumulated = max(limit, config.accumulated_recompile_limit)
-        run_only = FrameExecStrategy(FrameAction.RUN_ONLY, FrameAction.RUN_ONLY)
         try:
             with config.patch(
                 skip_nnmodule_hook_guards=False, recompile_limit=limit, accumulated_recompile_limit=accumulated
             ):
                 result = self._convert(frame, cache_entry, hooks, frame_state, skip=skip + 1)
         except Exception as error:
+            error = getattr(error, "inner_exception", error)
             self._tell_break(f"{type(error).__name__}: {error}")
             result = ConvertFrameReturn(apply_to_code=False)
         finally:
@@ -223,14 +272,21 @@ class _Converter:
             self._tell_break(reason.reason)
         if result.frame_exec_strategy.cur_action is FrameAction.RUN_ONLY:
             _log.warning("%s: new kinds of calls run unfused, %d are compiled", self._name, limit)
-        elif result.guarded_code is None and frame.f_code is self._code:
-            # A failure would have Dynamo skip all later calls of all models of the class.
-            self._failures += 1
-            result.apply_to_code = False
-            if self._failures >= _FAILURES:
-                _log.warning("%s: Dynamo failed %d times; new kinds of calls run unfused", self._name, _FAILURES)
-                result.frame_exec_strategy, result.apply_to_code = run_only, True
+        elif result.guarded_code is None:
+            self._take_failure(frame.f_code, result)
         return result
+
+    def _take_failure(self, code: types.CodeType, result: Any) -> None:
+        """Dynamo would have all later calls of the function run as this one, whatever their arguments."""
+        from torch._dynamo.types import FrameAction, FrameExecStrategy
+
+        self._failures[code] += 1
+        if self._failures[code] < _FAILURES:
+            result.apply_to_code = False
+        elif code is self._code:
+            _log.warning("%s: new kinds of calls run unfused, Dynamo failed %d times", self._name, _FAILURES)
+            result.frame_exec_strategy = FrameExecStrategy(FrameAction.RUN_ONLY, FrameAction.RUN_ONLY)
+            result.apply_to_code = True
 
     def _tell_break(self, reason: str) -> None:
         if _current.listener is not None:

@@ -72,7 +72,7 @@ def _fuse_graph(graph: fx.Graph, *, is_whole: bool) -> Iterator[CapturedRun]:
     _name_results_in_place(graph)
     inputs = [node for node in graph.nodes if node.op == "placeholder"] if is_whole else []
     for node in list(graph.nodes):
-        if node.op == "call_function" and node.target is torch.conv2d:
+        if _is_convolution(node):
             match, run = _find(node)
             weight = conv_arguments(node)["weight"]
             yield dataclasses.replace(run, weight=inputs.index(weight) if weight in inputs else None)
@@ -89,7 +89,7 @@ def read_sequential(model: nn.Sequential) -> Iterator[CapturedRun]:
         node.meta = {"layer": layer, "nn_module_stack": {"": (name, type(layer))}, "example_value": ...}
     graph.output(node)
     for node in graph.nodes:
-        if node.op == "call_module" and isinstance(node.meta["layer"], nn.Conv2d):
+        if _is_convolution(node):
             yield _find(node)[1]
 
 
@@ -108,7 +108,9 @@ def _find(node: fx.Node) -> tuple["_Match", CapturedRun]:
         match.follow()
     except LeftAlone as why:
         return match, CapturedRun((_name(node),), None, str(why))
-    return match, CapturedRun(tuple(dict.fromkeys(map(_name, match.nodes))), None, None)
+    names = [_name(node) for node in match.nodes]
+    parts = [name for name, last in zip(names, [None, *names], strict=False) if name != last or name.endswith("()")]
+    return match, CapturedRun(tuple(parts), None, None)
 
 
 def _name_results_in_place(graph: fx.Graph) -> None:
@@ -179,10 +181,9 @@ class _Match:
             if tanh == ("activation", "tanh") and _is_product(scaled, reference.SCALED_TANH_AMPLITUDE):
                 return Part("activation", "scaled_tanh")
             raise Foreign(f"{call_text(node)} comes before any pooling")
-        part = _read(node)
-        if part.kind == "convolution":
+        if _is_convolution(node):
             raise LeftAlone(NO_POOLING)
-        return part
+        return _read(node)
 
     def replace(self, graph: fx.Graph) -> None:
         """Put the fused operator in the place of the run."""
@@ -200,13 +201,19 @@ class _Match:
             graph.erase_node(node)
 
 
+def _is_convolution(node: fx.Node) -> bool:
+    return isinstance(node.meta["layer"], nn.Conv2d) if node.op == "call_module" else node.target is torch.conv2d
+
+
 def _read(node: fx.Node) -> Part:
     """What a node is to a run; raises LeftAlone if it is nothing."""
     if node.op == "call_module":
         layer = node.meta["layer"]
         if _layer(node) is None or is_observed(layer):
             raise LeftAlone(NOT_CALLED)
-        if isinstance(layer, nn.modules.dropout._DropoutNd) and not (layer.training and layer.p):
+        if isinstance(layer, nn.modules.dropout._DropoutNd):
+            if layer.training and layer.p:
+                raise LeftAlone(f"{type(layer).__name__} in training mode comes before its pooling")
             return Part("activation", "identity")
         return read_layer(layer)
     try:
@@ -235,7 +242,8 @@ def _check_between(nodes: list[fx.Node]) -> None:
 def _only_user(node: fx.Node) -> fx.Node:
     users = list(node.users)
     if len(users) != 1:
-        raise LeftAlone(f"the result of {_name(node)} is used {len(users)} times")
+        what = "its result" if _is_convolution(node) else f"the result of {_name(node)}"
+        raise LeftAlone(f"{what} is used {len(users)} times")
     if users[0].op == "output":
         raise LeftAlone(NO_POOLING)
     return users[0]
