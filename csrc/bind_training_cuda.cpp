@@ -25,9 +25,7 @@ struct Backend {
     const Tensor& like = arguments.parameters[0];
     const CurrentStream stream(like);
     const std::string unserved = why_unserved(like.get_device_index());
-    const char* const reason = !unserved.empty() ? unserved.c_str()
-                               : !arguments.dropout.empty() || arguments.label_smoothing > 0
-                                   ? "dropout or label smoothing"
+    const char* const reason = !unserved.empty()                         ? unserved.c_str()
                                : like.scalar_type() != ScalarType::Float ? "parameters that are not of dtype float32"
                                                                          : why_unsupported(operand.geometry());
     if (reason != nullptr) {
@@ -47,6 +45,8 @@ struct Backend {
     run.total = training.total;
     run.batch_size = training.batch_size;
     run.extra_score = training.extra_score;
+    run.label_smoothing = static_cast<float>(training.label_smoothing);
+    run.first_step = {training.seed, training.first_step};
     run.learning_rates = training.learning_rates;
     run.watch = on_device(training.watch, "watch");
 

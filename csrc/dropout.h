@@ -27,7 +27,8 @@ struct DropRules {
   DropRule<T> values, maps;
   int64_t num_maps, height, width;
 
-  int64_t num_values() const { return num_maps * height * width; }
+  LENET_FAST_HOST_DEVICE bool drops() const { return values.drops || maps.drops; }
+  LENET_FAST_HOST_DEVICE int64_t num_values() const { return num_maps * height * width; }
 };
 
 template <typename T>

@@ -47,6 +47,13 @@ struct NetworkGeometry {
 
   int num_drops() const { return num_convs + num_denses + 1; }
   bool drops(int place) const { return dropout[place].values > 0 || dropout[place].maps > 0; }
+  bool drops() const {
+    bool any = false;
+    for (int place = 0; place < num_drops(); ++place) {
+      any = any || drops(place);
+    }
+    return any;
+  }
 };
 
 // What is subtracted from one parameter in one step, PyTorch's definitions with every scalar computed beforehand.

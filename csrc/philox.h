@@ -15,6 +15,9 @@ __host__ __device__
 #endif
     inline __attribute__((always_inline)) void philox(Word (&counter)[4], uint64_t key, Product product) {
   auto lower_key = static_cast<uint32_t>(key), upper_key = static_cast<uint32_t>(key >> 32);
+#if defined(__CUDA_ARCH__)
+#pragma unroll 1  // unrolled, the keys of all rounds would be kept in registers
+#endif
   for (int round = 0; round < 10; ++round) {
     const Word a = product(0xD2511F53u, counter[0]), b = product(0xCD9E8D57u, counter[2]);
     counter[0] = (b >> 32) ^ counter[1] ^ uint64_t { lower_key };

@@ -495,6 +495,8 @@ def _text(value: Any) -> str:
         value = value.meta.get("example_value")
     if isinstance(value, torch.SymInt):
         return re.sub(r"\bs\d+\b", "N", str(value))  # the one size that is not known: how many images
+    if isinstance(value, Tensor):
+        return "..."
     if isinstance(value, tuple | list):
         return f"({', '.join(map(_text, value))})"
     return "..." if value is ... else str(value)

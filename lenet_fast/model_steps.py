@@ -51,6 +51,24 @@ class ModelSteps:
                 check_memory(name, tensor)
         self._check_state()
         largest = self._largest(labels if order is None else labels.index_select(0, order))
+        # What surrounds a training is not for its steps.
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(images.device.type, enabled=False),
+        ):
+            losses, correct = self._take_all(images, labels, order, batch_size, rates, largest)
+        return torch.tensor(losses, dtype=torch.float64), torch.stack(correct).cpu()
+
+    def _take_all(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        order: Tensor | None,
+        batch_size: int,
+        rates: Sequence[float],
+        largest: int | None,
+    ) -> tuple[list[float], list[Tensor]]:
         number = len(labels) if order is None else len(order)
         losses: list[float] = []
         correct: list[Tensor] = []
@@ -66,17 +84,15 @@ class ModelSteps:
             correct.append(right)
             if not math.isfinite(loss):
                 break
-        return torch.tensor(losses, dtype=torch.float64), torch.stack(correct).cpu()
+        return losses, correct
 
-    @torch.inference_mode(False)
     def _take_one(self, images: Tensor, labels: Tensor, rate: float, largest: int | None) -> tuple[float, Tensor]:
         """One step, unless its loss is not finite: then nothing of the model has changed."""
         buffers = _buffers_of(self.model)
         with _gradients_aside(self.optimizer):
             try:
-                with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
-                    outputs = self._forward(self._prepare(images))
-                    loss, right = self._loss(self.model, outputs, labels, largest)
+                outputs = self._forward(self._prepare(images))
+                loss, right = self._loss(self.model, outputs, labels, largest)
                 value = loss.item()
                 if math.isfinite(value) and any(p.requires_grad for p in self.model.parameters()):
                     loss.backward()
@@ -108,7 +124,9 @@ class ModelSteps:
         for name, parameter in self.model.named_parameters():
             if id(parameter) not in known:
                 raise ValueError(f"{name}: was replaced after the trainer was made; make a new one")
-            if torch._debug_has_internal_overlap(parameter) == 1:
+            if is_lazy(parameter):
+                continue
+            if parameter.requires_grad and torch._debug_has_internal_overlap(parameter) == 1:
                 raise ValueError(f"{name}: several of its values are one in memory, strides {parameter.stride()}")
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if key == "step" or not isinstance(value, Tensor):

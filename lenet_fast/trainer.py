@@ -143,13 +143,14 @@ class FusedTrainer:
         minimised = Loss(loss, float(label_smoothing), float(j))
         self._steps = TrainingSteps(model, owner, optimizer, input_spec, minimised, native_only)
 
-    def how(self, images: Tensor | None = None) -> str:
+    def how(self, images: Tensor | None = None, labels: Tensor | None = None) -> str:
         """What takes the steps, in one line: native code, or PyTorch, and then which part of the model is why.
 
         Args:
             images: a batch, where a forward that someone wrote has to be read and the model has no `input_spec`.
+            labels: of the batch, where they may be others than classes.
         """
-        return self._steps.how(images)
+        return self._steps.how(images, labels)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:

@@ -117,7 +117,7 @@ class TrainingSteps:
 
     # --- which way ---------------------------------------------------------------------------------------------------
 
-    def how(self, images: Tensor | None) -> str:
+    def how(self, images: Tensor | None, labels: Tensor | None = None) -> str:
         """What takes the steps on batches like `images`, in one line.
 
         Args:
@@ -130,7 +130,7 @@ class TrainingSteps:
             images = torch.empty(shape, dtype=torch.uint8, device=self.device)
         with _in_training_mode(self.model):
             if images is not None:
-                return self._sentence(images, self._why_not_native(images, None, len(images), len(images)))
+                return self._sentence(images, self._why_not_native(images, labels, len(images), len(images)))
             if not self.operands.reader.is_handwritten:
                 try:
                     self._look([])

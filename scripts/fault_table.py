@@ -52,6 +52,13 @@ PYTHON = (
         "tests/test_trainer.py::test_a_later_epoch_that_diverges_counts_all_steps",
     ),
     Fault(
+        "the masks of whole maps are those of the first values",
+        "lenet_fast/dropout_masks.py",
+        "words = philox((blocks, images, step, 2 * place + maps), seed)",
+        "words = philox((blocks, images, step, 2 * place), seed)",
+        "tests/test_dropout_masks.py::test_masks_are_independent_of_each_other",
+    ),
+    Fault(
         "frozen parameters are trained",
         "lenet_fast/training_operands.py",
         "self.trains = [int(p.requires_grad) for p in self.parameters]",
@@ -270,6 +277,7 @@ TRITON = (
 
 _OPERATORS = "tests/cuda_host/kernels.py -k test_float64"
 _STEPS = "tests/cuda_host/network.py -k 'test_models or test_other_networks'"
+_REGULARISED = "tests/cuda_host/regularisation.py -k test_dropout_at_every_place"
 CUDA = (
     Fault(
         "a window writes beyond the right border of an odd output",
@@ -379,11 +387,48 @@ CUDA = (
         "n.steps",
         "tests/cuda_host/network.py -k 'diverges_says_where or interruption'",
     ),
+    Fault(
+        "what is dropped of a dense layer's output still has a gradient",
+        "csrc/cuda/network_images.cuh",
+        "      drop_at(n.num_convs + l + 1, grad_output, 1, 1);\n",
+        "",
+        _REGULARISED,
+    ),
+    Fault(
+        "the derivative of an activation is taken from the output that is left of it",
+        "csrc/cuda/network_images.cuh",
+        "is_masked ? activate<A.value>(z) : output[out]",
+        "is_masked ? output[out] : output[out]",
+        _REGULARISED,
+    ),
+    Fault(
+        "the background that was dropped of one image is missing in the next",
+        "csrc/cuda/network_images.cuh",
+        "if (drops && n.drop_rules[0].drops()) {",
+        "if (drops && n.steps < 0) {",
+        "tests/cuda_host/regularisation.py -k test_bytes",
+    ),
+    Fault(
+        "the gradient of smoothed labels lacks the share of the other classes",
+        "csrc/cuda/network_images.cuh",
+        "(c == label ? 1.0f - n.label_smoothing : 0.0f) + of_each;",
+        "(c == label ? 1.0f - n.label_smoothing : 0.0f);",
+        "tests/cuda_host/regularisation.py -k test_label_smoothing",
+    ),
+    Fault(
+        "values are dropped before all of them are there",
+        "csrc/cuda/network_images.cuh",
+        "    clock.end(Phase::load);\n",
+        "",
+        "tests/cuda_host/regularisation.py -m races",
+        check="races",
+    ),
 )
 
 _OF_OPERATORS = "tests/test_operators.py -k 'cpu-native and (float64 or random_shapes or nan_and_infinity)'"
 _OF_NETWORKS = "tests/test_random_networks.py::test_outputs_loss_and_gradients_are_those_of_autograd"
 _OF_UPDATES = "tests/test_trainer.py::test_float64_steps_equal_autograd_and_torch_optim"
+_OF_MASKS = "tests/test_regularised_steps.py::test_dropout_at_every_place_equals_autograd_on_the_same_masks"
 CPU = (
     Fault(
         "the bias of a convolution is dropped",
@@ -430,7 +475,7 @@ CPU = (
     Fault(
         "the gradient of the scores overwrites what the last activation's derivative needs",
         "csrc/cpu/network_pass.h",
-        "dense_differentiate<T>(g_.dense[l], memory_ + block.dense[l + 1], memory_ + block.grad_dense[l + 1]);",
+        "dense_differentiate<T>(g_.dense[l], memory_ + block.dense_output[l], memory_ + block.grad_dense[l + 1]);",
         "dense_differentiate<T>(g_.dense[l], memory_ + block.grad_dense[l + 1], memory_ + block.grad_dense[l + 1]);",
         _OF_NETWORKS,
     ),
@@ -531,6 +576,69 @@ CPU = (
         "images.are_bytes ? images.height : -1,",
         "0,",
         "tests/test_native_forward.py::test_bytes_without_rows_leave_nothing_for_floats",
+    ),
+    Fault(
+        "what dropout keeps is not scaled up",
+        "csrc/dropout.h",
+        "static_cast<T>(p < 1 ? 1 / (1 - p) : 0)",
+        "static_cast<T>(p < 1 ? 1 : 0)",
+        _OF_MASKS,
+    ),
+    Fault(
+        "what is dropped of a dense layer's output still has a gradient",
+        "csrc/cpu/network_pass.h",
+        "        drop(step, g_.num_convs + l + 1, b, first_image, {memory_ + block.grad_dense[l + 1], 1, 1});\n",
+        "",
+        _OF_MASKS,
+    ),
+    Fault(
+        "the second block of images takes the masks of the first",
+        "csrc/cpu/network_pass.h",
+        "static_cast<uint32_t>(first_image + b * kLanes<T>)",
+        "static_cast<uint32_t>(first_image)",
+        _OF_MASKS,
+    ),
+    Fault(
+        "the background that was dropped of some images is missing in the next",
+        "csrc/cpu/network_pass.h",
+        "if (images.are_bytes && g_.drops(0)) {",
+        "if (images.are_bytes && first < 0) {",
+        "tests/test_regularised_steps.py::test_bytes_are_the_floats_that_they_become",
+    ),
+    Fault(
+        "few images: the derivative of an activation is taken from the output that is left of it",
+        "csrc/cpu/network_train_few.h",
+        "differentiate_few<T>(dense.activation, values_ + at_.dense_output[l],",
+        "differentiate_few<T>(dense.activation, values_ + at_.dense[l + 1],",
+        _OF_MASKS,
+    ),
+    Fault(
+        "few images: an image of bytes begins where the last one's first channel ends",
+        "csrc/cpu/network_train_few.h",
+        "static_cast<const uint8_t*>(images.data) + index * g.in_channels * pixels;",
+        "static_cast<const uint8_t*>(images.data) + index * pixels;",
+        "tests/test_regularised_steps.py::test_bytes_are_the_floats_that_they_become",
+    ),
+    Fault(
+        "the gradient of smoothed labels lacks the share of the other classes",
+        "csrc/cpu/loss_block.h",
+        "(label == index ? of_label : Vec<T>{}) - of_each;",
+        "(label == index ? of_label : Vec<T>{});",
+        "tests/test_regularised_steps.py::test_label_smoothing_is_that_of_cross_entropy",
+    ),
+    Fault(
+        "the images of a step are counted anew in every chunk",
+        "csrc/bind_training.cpp",
+        "step_.first_image = at;",
+        "step_.first_image = 0;",
+        "tests/test_regularised_steps.py::test_a_large_batch_takes_several_chunks",
+    ),
+    Fault(
+        "all steps of a call take the masks of the first",
+        "csrc/bind_training.cpp",
+        "t_.first_step + static_cast<uint32_t>(number);",
+        "t_.first_step;",
+        "tests/test_regularised_steps.py::test_steps_in_two_calls_are_the_steps_of_one",
     ),
 )
 

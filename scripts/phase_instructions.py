@@ -24,8 +24,8 @@ import cuda_toolkit
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = ROOT / "csrc" / "cuda"
-KERNEL = "train_steps<5>"  # of the kernel that trains LeNets: all windows are 5x5
-_MANGLED = "11train_stepsILi5EEE"
+KERNEL = "train_steps<5, false>"  # of the kernel that trains LeNets without dropout: all windows are 5x5
+_MANGLED = "11train_stepsILi5ELb0EEE"
 OTHER = "other"
 KINDS = {  # column -> what an instruction's name begins with
     "multiply_adds": ("FFMA",),

@@ -179,12 +179,17 @@ def native(
     return Taken(losses, correct, parameters)
 
 
+def masked(steps: Steps, step: int, place: int, x: Tensor) -> Tensor:
+    """What is left of the values at a place in a step."""
+    for maps, p in enumerate(steps.dropout[place] if steps.dropout else ()):
+        x = x * mask(steps.seed, step, place, x.shape, p, maps=bool(maps), dtype=x.dtype)
+    return x
+
+
 def forward(network: Example, steps: Steps, step: int, x: Tensor) -> Tensor:
     """What a batch becomes in a training step."""
     for place, layer in enumerate([*network.stages, nn.Sequential(*network.end)]):
-        for maps, p in enumerate(steps.dropout[place] if steps.dropout else ()):
-            x = x * mask(steps.seed, step, place, x.shape, p, maps=bool(maps), dtype=x.dtype)
-        x = layer(x)
+        x = layer(masked(steps, step, place, x))
     return x
 
 
@@ -208,11 +213,15 @@ def plain(network: Example, steps: Steps, images: Tensor, labels: Tensor, order:
     return Taken(torch.tensor(losses, dtype=torch.float64), torch.tensor(correct), [p.detach() for p in parameters])
 
 
-def both(
+def natively(
     operator: Callable[..., Any], name: str, steps: Steps, number: int = 40, dtype: torch.dtype = torch.float64
-) -> tuple[Taken, Taken]:
-    """What the operator makes of a network, and what plain PyTorch makes of it."""
+) -> Taken:
+    """What the operator makes of an example."""
     network = example(name, dtype)
-    images, labels, order = network.data(number, dtype)
-    found = native(operator, network.model, steps, images, labels, order)
-    return found, plain(network, steps, images, labels, order)
+    return native(operator, network.model, steps, *network.data(number, dtype))
+
+
+def plainly(name: str, steps: Steps, number: int = 40, dtype: torch.dtype = torch.float64) -> Taken:
+    """What plain PyTorch makes of an example."""
+    network = example(name, dtype)
+    return plain(network, steps, *network.data(number, dtype))

@@ -151,11 +151,12 @@ def test_conversions_round_as_pytorch_does(samples):
 
 # What each process runs: the shim's check, and pytest's arguments. Two at a time, the longest first. Tests are chosen
 # by their marks, and left out by name only: a test that is renamed stays in.
+NETWORK = ["tests/cuda_host/network.py", "tests/cuda_host/regularisation.py"]
 PROCESSES = {
     "memory": ("memory", ["tests/cuda_host/kernels.py", "-m", "not only_races"]),
     "races": ("races", ["tests/cuda_host/kernels.py", "-m", "races or only_races"]),
-    "network": ("memory", ["tests/cuda_host/network.py"]),
-    "network-races": ("races", ["tests/cuda_host/network.py", "-m", "races"]),
+    "network": ("memory", NETWORK),
+    "network-races": ("races", [*NETWORK, "-m", "races"]),
     "operators": ("memory", ["tests/test_operators.py", "-m", "cuda_host", "-k", "not (cpu-reference or cuda-)"]),
     "phase-clocks": ("clocks", ["tests/cuda_host/phase_clocks.py"]),
 }

@@ -3,21 +3,37 @@
 import copy
 import itertools
 import math
+import random
 
 import pytest
 import torch
 from instruction_sets import ISAS, run_on
-from regularised_steps import ADAM, PLACES, SGD, Steps, both, everywhere, example, native, one_place, plain
+from random_networks import random_data, random_network
+from regularised_steps import (
+    ADAM,
+    PLACES,
+    SGD,
+    Steps,
+    everywhere,
+    example,
+    masked,
+    native,
+    natively,
+    one_place,
+    plain,
+    plainly,
+)
 from torch import nn
 from torch.nn import functional as F
 
-from lenet_fast import backends
+from lenet_fast import backends, functional
 from lenet_fast.network import Network
 
 if (reason := backends.why_unavailable("native", "cpu")) is not None:
     pytest.skip(reason, allow_module_level=True)
 
 TRAIN = torch.ops.lenet_fast.network_train
+PLAIN = {"lr": 0.05, "momentum": 0.0, "weight_decay": 0.0, "nesterov": False}
 BATCHES = {1: 3, 4: 9, 15: 20, 16: 17, 17: 40, 40: 40}  # size: images, most of them with a smaller last batch
 
 
@@ -26,6 +42,10 @@ def assert_same(found, expected, atol):
     assert torch.equal(found.correct, expected.correct)
     for one, other in zip(found.parameters, expected.parameters, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=atol)
+
+
+def assert_right(name, steps, number=40, atol=1e-11):
+    assert_same(natively(TRAIN, name, steps, number), plainly(name, steps, number), atol)
 
 
 def assert_same_bits(one, other):
@@ -40,10 +60,9 @@ def assert_same_bits(one, other):
 @pytest.mark.parametrize("kind", ["values", "maps"])
 @pytest.mark.parametrize(("name", "place"), [(name, place) for name in PLACES for place in range(PLACES[name])])
 def test_dropout_at_every_place_equals_autograd_on_the_same_masks(name, place, kind):
-    """On few images, and on blocks of them."""
-    for size in (4, 40):
-        steps = Steps(one_place(PLACES[name], place, **{kind: 0.35}), batch_size=size)
-        assert_same(*both(TRAIN, name, steps), 1e-11)
+    """On few images, and on blocks of them, of every instruction set."""
+    for size, number in ((1, 7), (4, 40), (40, 40)):
+        assert_right(name, Steps(one_place(PLACES[name], place, **{kind: 0.35}), batch_size=size), number)
 
 
 @pytest.mark.parametrize("settings", [SGD, ADAM])
@@ -52,23 +71,49 @@ def test_dropout_at_every_place_equals_autograd_on_the_same_masks(name, place, k
 def test_dropout_everywhere_in_batches_of_any_size(name, size, settings):
     smoothing = 0.0 if name == "distances" else 0.15
     steps = Steps(everywhere(PLACES[name]), label_smoothing=smoothing, batch_size=size, settings=settings, j=0.5)
-    assert_same(*both(TRAIN, name, steps, BATCHES[size]), 1e-10)
+    assert_right(name, steps, BATCHES[size], 1e-10)
 
 
 @pytest.mark.parametrize("smoothing", [1e-3, 0.1, 0.9, 1.0])
 @pytest.mark.parametrize("size", [3, 20])
 @pytest.mark.parametrize("name", ["lenet", "colours"])
 def test_label_smoothing_is_that_of_cross_entropy(name, size, smoothing):
-    assert_same(*both(TRAIN, name, Steps(label_smoothing=smoothing, batch_size=size)), 1e-11)
+    assert_right(name, Steps(label_smoothing=smoothing, batch_size=size))
+
+
+@pytest.mark.parametrize("seed", range(3000, 3020))
+def test_networks_of_any_shape(seed):
+    """Loss and gradients of a step; dropout of both kinds at places that are drawn."""
+    drawn = random_network(seed)
+    network = Network.of(drawn.network.requires_grad_(True))
+    images, labels, _ = random_data(seed, drawn.image, drawn.classes)
+    draw = random.Random(seed)
+    dropout = tuple((draw.choice((0.0, 0.3)), draw.choice((0.0, 0.0, 0.3))) for _ in (*network.layers, "output"))
+    steps = Steps(dropout, seed, batch_size=len(images), settings=PLAIN | {"lr": 1.0}, j=1.0)
+    found = native(TRAIN, drawn.network, steps, images, labels)
+    tensors = network.tensors()
+    remaining, x = iter(tensors), images
+    for place, layer in enumerate(network.layers):
+        x = layer.compute(masked(steps, 0, place, x), remaining)
+    x = masked(steps, 0, len(network.layers), x).flatten(1)
+    if network.measures_distance:
+        loss = functional.map_loss(functional.rbf(x, tensors[-1]), labels, j=1.0)
+    else:
+        loss = F.cross_entropy(x, labels)
+    parameters = tensors[: len(found.parameters)]
+    assert found.losses.item() == pytest.approx(loss.item(), rel=1e-12)
+    for before, after, grad in zip(parameters, found.parameters, torch.autograd.grad(loss, parameters), strict=True):
+        torch.testing.assert_close(before - after, grad, rtol=1e-9, atol=1e-10)
 
 
 def float32_errors(name, size, seed):
     """The largest error of each parameter after the steps, summed: of the native steps and of PyTorch's."""
     steps = Steps(everywhere(PLACES[name]), seed, batch_size=size, label_smoothing=0.0 if name == "distances" else 0.1)
-    _, exact = both(TRAIN, name, steps)
+    exact = plainly(name, steps)
+    single = natively(TRAIN, name, steps, dtype=torch.float32), plainly(name, steps, dtype=torch.float32)
     return [
         sum((a - b).abs().max().item() for a, b in zip(taken.parameters, exact.parameters, strict=True))
-        for taken in both(TRAIN, name, steps, dtype=torch.float32)
+        for taken in single
     ]
 
 
@@ -119,21 +164,20 @@ def test_a_large_batch_takes_several_chunks():
 @pytest.mark.parametrize("size", [4, 16])
 def test_any_seed_and_any_first_step(seed, first_step, size):
     steps = Steps(everywhere(PLACES["lenet"]), seed, first_step, batch_size=size)
-    assert_same(*both(TRAIN, "lenet", steps, 5 * size), 1e-11)
+    assert_right("lenet", steps, 5 * size)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_steps_in_two_calls_are_the_steps_of_one(dtype):
     network = example("lenet", dtype)
     images, labels, order = network.data(dtype=dtype)
-    settings = {"lr": 0.05, "momentum": 0.0, "weight_decay": 0.0, "nesterov": False}
-    steps = Steps(everywhere(PLACES["lenet"]), batch_size=16, first_step=3, settings=settings)
+    steps = Steps(everywhere(PLACES["lenet"]), batch_size=16, first_step=3, settings=PLAIN)
     whole = native(TRAIN, network.model, steps, images, labels, order)
     first = native(TRAIN, network.model, steps, images, labels, order[:16])
     with torch.no_grad():
         for parameter, value in zip(network.model.parameters(), first.parameters, strict=True):
             parameter.copy_(value)
-    steps = Steps(steps.dropout, batch_size=16, first_step=4, settings=settings)
+    steps = Steps(steps.dropout, batch_size=16, first_step=4, settings=PLAIN)
     second = native(TRAIN, network.model, steps, images, labels, order[16:])
     assert torch.equal(whole.losses, torch.cat((first.losses, second.losses)))
     assert all(map(torch.equal, whole.parameters, second.parameters))
@@ -176,15 +220,15 @@ def test_probabilities_of_0_change_no_bit(name, size, dtype):
 def test_a_probability_of_1_drops_everything(name, size, maps):
     for place in range(PLACES[name]):
         steps = Steps(one_place(PLACES[name], place, *((0, 1) if maps else (1, 0))), batch_size=size)
-        assert_same(*both(TRAIN, name, steps), 1e-11)
-    assert all(parameter.isfinite().all() for parameter in both(TRAIN, name, steps)[0].parameters)
+        assert_right(name, steps)
+    assert all(parameter.isfinite().all() for parameter in natively(TRAIN, name, steps).parameters)
 
 
 @pytest.mark.parametrize("p", [2.0**-40, 1e-300, 1 - 2.0**-33, 1 - 2.0**-31, 1 - 2.0**-53])
 def test_probabilities_next_to_the_ends(p):
     for size in (4, 16):
         steps = Steps(one_place(PLACES["lenet"], 3, values=p), batch_size=size)
-        assert_same(*both(TRAIN, "lenet", steps), 1e-11)
+        assert_right("lenet", steps)
 
 
 # --- Statistics -------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
 // layers' inputs and output gradients, and once a block the sums of the convolutions' gradients (10 KB).
 #pragma once
 
+#include "drop.cuh"
 #include "network_plan.h"
 #include "phase_clock.cuh"
 #include "reduction.cuh"
@@ -15,16 +16,28 @@ __device__ inline AnyTable table_of(const ConvPlan& conv, bool transposed) {
   return {conv.indices, conv.layer.in_channels, transposed};
 }
 
+// The pixels of a convolution's input inside the padding.
+__device__ inline float* inner_planes(const ConvPlan& conv, float* shared) {
+  return shared + conv.pixels + conv.layer.padding * (conv.stride + 1);
+}
+
+// The margin of a smaller image is background, the padding around it 0.
+__device__ inline void fill_background(const NetworkPlan& n, float* shared) {
+  const ConvPlan& first = n.conv[0];
+  const AnyLayer<0>& layer = first.layer;
+  float* const interior = inner_planes(first, shared);
+  const int area = layer.height * layer.width;
+  for (int i = threadIdx.x; i < layer.in_channels * area; i += blockDim.x) {
+    interior[i / area * first.plane + i % area / layer.width * first.stride + i % layer.width] = n.background;
+  }
+}
+
 // Once a launch: what no image overwrites.
 __device__ inline void clear_borders(const NetworkPlan& n, float* shared) {
   fill_zero(shared, n.shared_floats);
   __syncthreads();
-  const ConvPlan& first = n.conv[0];
-  if (n.are_bytes) {  // the margin of a smaller image is background, the padding around it 0
-    for (int i = threadIdx.x; i < first.layer.height * first.layer.width; i += blockDim.x) {
-      const int y = i / first.layer.width + first.layer.padding, x = i % first.layer.width + first.layer.padding;
-      shared[first.pixels + y * first.stride + x] = n.background;
-    }
+  if (n.are_bytes) {
+    fill_background(n, shared);
   }
 }
 
@@ -45,16 +58,21 @@ __device__ inline void stage_convolutions(const NetworkPlan& n, float* shared) {
   }
 }
 
-__device__ inline void load_image(const NetworkPlan& n, float* shared, int64_t index) {
+// `drops`: some of the background around the last image may have been dropped.
+__device__ inline void load_image(const NetworkPlan& n, float* shared, int64_t index, bool drops) {
   const ConvPlan& first = n.conv[0];
   const AnyLayer<0>& layer = first.layer;
-  float* const interior = shared + first.pixels + layer.padding * (first.stride + 1);
+  float* const interior = inner_planes(first, shared);
   if (n.are_bytes) {
-    const int pixels = n.image_height * n.image_width;
+    if (drops && n.drop_rules[0].drops()) {
+      fill_background(n, shared);
+      __syncthreads();
+    }
+    const int area = n.image_height * n.image_width, pixels = layer.in_channels * area;
     const auto* const bytes = static_cast<const uint8_t*>(n.images) + index * pixels;
     const int top = (layer.height - n.image_height) / 2, left = (layer.width - n.image_width) / 2;
     for (int i = threadIdx.x; i < pixels; i += blockDim.x) {
-      interior[(top + i / n.image_width) * first.stride + left + i % n.image_width] =
+      interior[i / area * first.plane + (top + i % area / n.image_width) * first.stride + left + i % n.image_width] =
           n.scale * static_cast<float>(bytes[i]) + n.background;
     }
   } else {
@@ -269,15 +287,17 @@ __device__ inline void dense_forward(const NetworkPlan& n, int l, float* shared,
   }
 }
 
-// grad_output becomes the gradient of z; it and the input go to global memory for the weight gradient, the gradient of
-// the input to shared memory.
+// grad_output becomes the gradient of z (where `drops` and some of the output is dropped, from z alone); it and the
+// input go to global memory for the weight gradient, the gradient of the input to shared memory.
 __device__ inline void dense_backward(const NetworkPlan& n, int l, float* shared, const float* output,
-                                      float* grad_output, int64_t image, const PhaseClock& clock) {
+                                      float* grad_output, int64_t image, bool drops, const PhaseClock& clock) {
   const DensePlan& dense = n.dense[l];
   const float* const weight = n.slot[4 * n.num_convs + 2 * l].value;
+  const bool is_masked = drops && n.drop_rules[n.num_convs + l + 1].drops();
   for (int out = threadIdx.x; out < dense.out_features; out += kNetworkThreads) {
     with_activation(dense.activation, [&](auto A) {
-      const float grad = grad_output[out] * derivative<A.value>(shared[dense.z + out], output[out]);
+      const float z = shared[dense.z + out];
+      const float grad = grad_output[out] * derivative<A.value>(z, is_masked ? activate<A.value>(z) : output[out]);
       grad_output[out] = grad;
       dense.grad_outputs[image * dense.out_features + out] = grad;
     });
@@ -321,7 +341,8 @@ __device__ inline void score(const NetworkPlan& n, float* shared) {
 }
 
 // Softmax cross-entropy of the scores, by one warp: LeCun et al. (1998), equation (9), where there is one score more,
-// that no image belongs to. The scores become their gradients. A label out of range makes the loss NaN.
+// that no image belongs to; label smoothing as in cpu/loss_block.h. The scores become their gradients. A label out of
+// range makes the loss NaN.
 __device__ inline ImageLoss score_loss(const NetworkPlan& n, float* scores, int64_t label, float factor) {
   const int lane = threadIdx.x;
   float top = -INFINITY;
@@ -346,20 +367,27 @@ __device__ inline ImageLoss score_loss(const NetworkPlan& n, float* scores, int6
   if (n.distances) {
     top = fmaxf(top, n.extra_score);
   }
-  float total = 0.0f;
+  float total = 0.0f, below_top = 0.0f;
   for (int c = lane; c < n.classes; c += 32) {
     total += expf(scores[c] - top);
+    below_top += top - scores[c];
   }
   total = warp_sum(total);
   if (n.distances) {
     total += expf(n.extra_score - top);
   }
+  const float of_each = n.label_smoothing / static_cast<float>(n.classes);
   __syncwarp();
   for (int c = lane; c < n.classes; c += 32) {
-    scores[c] = factor * (expf(scores[c] - top) / total - (c == label ? 1.0f : 0.0f));
+    const float wanted = (c == label ? 1.0f - n.label_smoothing : 0.0f) + of_each;
+    scores[c] = factor * (expf(scores[c] - top) / total - wanted);
   }
-  return {static_cast<double>(top) - static_cast<double>(own) + log(static_cast<double>(total)),
-          valid && best == label ? 1 : 0};
+  double target_below_top = static_cast<double>(top) - static_cast<double>(own);
+  if (n.label_smoothing > 0.0f) {
+    target_below_top =
+        (1.0 - n.label_smoothing) * target_below_top + static_cast<double>(of_each) * warp_sum(below_top);
+  }
+  return {target_below_top + log(static_cast<double>(total)), valid && best == label ? 1 : 0};
 }
 
 // The gradient of the network's output from that of the scores.
@@ -383,8 +411,9 @@ __device__ inline void score_backward(const NetworkPlan& n, float* shared) {
 // the warp that has the fewest of those.
 __device__ inline bool talks_to_host() { return blockIdx.x + 1 == gridDim.x && threadIdx.x + 1 == blockDim.x; }
 
-// Forward, loss and backward of the block's images of a step. K: the kernel size of all convolutions, 0 for any.
-template <int K>
+// Forward, loss and backward of the block's images of a step. K: the kernel size of all convolutions, 0 for any. Drops:
+// whether there may be dropout, which costs networks without it nothing that way.
+template <int K, bool Drops>
 __device__ void train_images(const NetworkPlan& n, float* shared, int step) {
   PhaseClock clock(step);
   const int64_t begin = step * n.batch_size;
@@ -405,23 +434,30 @@ __device__ void train_images(const NetworkPlan& n, float* shared, int step) {
     if (!is_first) {
       clock.next_round();
     }
-    load_image(n, shared, index);
-    clock.end(Phase::load);
-    for (int l = 0; l < n.num_convs; ++l) {
-      if (l + 1 < n.num_convs) {
-        const ConvPlan& next = n.conv[l + 1];
-        convolve_forward<K>(n, l, shared, shared + next.pixels + next.layer.padding * (next.stride + 1), next.stride,
-                            next.plane);
-      } else {
-        convolve_forward<K>(n, l, shared, shared + n.dense[0].input, n.conv[l].out_width,
-                            n.conv[l].out_height * n.conv[l].out_width);
+    // Of the values at `place`, or of their gradients, which all threads have written.
+    const auto drop_at = [&](int place, float* values, int plane, int stride) {
+      if (Drops && n.drop_rules[place].drops()) {
+        drop(n, place, {n.first_step + step, static_cast<uint32_t>(image)}, values, plane, stride);
+        __syncthreads();
       }
+    };
+    load_image(n, shared, index, Drops);
+    clock.end(Phase::load);
+    drop_at(0, inner_planes(n.conv[0], shared), n.conv[0].plane, n.conv[0].stride);
+    for (int l = 0; l < n.num_convs; ++l) {
+      const bool last = l + 1 == n.num_convs;
+      float* const next = last ? shared + n.dense[0].input : inner_planes(n.conv[l + 1], shared);
+      const int stride = last ? n.conv[l].out_width : n.conv[l + 1].stride;
+      const int plane = last ? n.conv[l].out_height * n.conv[l].out_width : n.conv[l + 1].plane;
+      convolve_forward<K>(n, l, shared, next, stride, plane);
       clock.end(Phase::convolution, l);
+      drop_at(l + 1, next, plane, stride);
     }
     const auto output_of = [&](int l) { return shared + (l + 1 < n.num_denses ? n.dense[l + 1].input : n.output); };
     for (int l = 0; l < n.num_denses; ++l) {
       dense_forward(n, l, shared, output_of(l));
       clock.end(Phase::dense, l);
+      drop_at(n.num_convs + l + 1, output_of(l), 1, 1);
     }
     score(n, shared);
     clock.end(Phase::score);
@@ -435,11 +471,13 @@ __device__ void train_images(const NetworkPlan& n, float* shared, int step) {
     score_backward(n, shared);
     clock.end(Phase::output_gradient);
     for (int l = n.num_denses - 1; l >= 0; --l) {
-      dense_backward(n, l, shared, output_of(l),
-                     shared + (l + 1 < n.num_denses ? n.dense[l + 1].grad_input : n.grad_output), image, clock);
+      float* const grad_output = shared + (l + 1 < n.num_denses ? n.dense[l + 1].grad_input : n.grad_output);
+      drop_at(n.num_convs + l + 1, grad_output, 1, 1);
+      dense_backward(n, l, shared, output_of(l), grad_output, image, Drops, clock);
       clock.end(Phase::dense_gradient, l);
     }
     for (int l = n.num_convs - 1; l >= 0; --l) {
+      drop_at(l + 1, shared + n.conv[l].grad_output, n.conv[l].out_height * n.conv[l].out_width, n.conv[l].out_width);
       differentiate(n, l, shared);
       clock.end(Phase::conv_activation, l);
       add_weight_gradient<K>(n.conv[l], shared);

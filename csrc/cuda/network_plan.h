@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "../network.h"
+#include "../dropout.h"
 #include "layer.cuh"
 
 namespace lenet_fast::cuda {
@@ -69,6 +69,10 @@ struct NetworkPlan {
   const int64_t *labels, *order;          // order null: as they lie
   int64_t num_images, total, batch_size;  // total: of `order`
   float extra_score;                      // -j
+  float label_smoothing;
+  uint64_t seed;        // of the masks of dropout
+  uint32_t first_step;  // the number that they have of the first step
+  DropRules<float> drop_rules[kMaxDrops];
 
   int steps;
   const double* learning_rates;  // (steps)

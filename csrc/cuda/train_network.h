@@ -6,19 +6,20 @@
 #include <cstddef>
 #include <vector>
 
-#include "../network.h"
+#include "../dropout.h"
 
 namespace lenet_fast::cuda {
 
 struct TrainingRun {
-  Network<float> network;    // values and moments; gradients unused
+  Network<float> network;    // values and moments; gradients unused. Its geometry says what is dropped
   float* counts[kMaxSlots];  // steps taken before, by slot; null where not counted
   bool trained[kMaxSlots];
   OptimizerSettings settings;
   Images<float> images;
   int64_t num_images, total, batch_size;  // total: images in all steps together
   const int64_t* labels;
-  float extra_score;
+  float extra_score, label_smoothing;
+  DropStep first_step;                 // whose masks the first step takes
   std::vector<double> learning_rates;  // one a step
   double* losses;                      // (steps): of a step that was not taken, and of all after it, NaN
   int64_t* correct;                    // (steps)
