@@ -10,6 +10,7 @@ from itertools import chain
 
 import pytest
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from public_lenets import LENETS, Scores
 from torch import nn
@@ -632,3 +633,34 @@ def test_training_with_a_loss_of_several_results(net):
     assert_same(model.state_dict(), around.state_dict(), 1e-9)
     with pytest.raises(TypeError, match="outputs: expected a tensor"):
         lf.FusedTrainer(entry.model(torch.float64), "sgd", lr=0.1).step(images, labels)
+
+
+@pytest.mark.parametrize("net", ["counts-calls", "keeps-activations", "stochastic-depth"])
+@pytest.mark.parametrize("way", ["accelerate", "trainer"])
+def test_what_changes_in_every_call_is_not_compiled_in_every_call(net, way, monkeypatch):
+    """A number that grows or an activation that is kept: reading a forward takes longer than 20 steps."""
+    entry = LENETS[net]
+    model, images, labels = entry.model(), entry.inputs()[0], entry.labels()
+    if way == "accelerate":
+        lf.accelerate(model)
+
+        def step():
+            model(images)
+    else:
+        trainer = lf.FusedTrainer(model, "sgd", lr=0.01)
+
+        def step():
+            trainer.step(images, labels)
+
+    read = []
+    compile_frame = torch._dynamo.convert_frame._compile
+
+    def counted(*args, **kwargs):
+        read.append(args)
+        return compile_frame(*args, **kwargs)
+
+    monkeypatch.setattr(torch._dynamo.convert_frame, "_compile", counted)
+    seed()
+    for _ in range(50):
+        step()
+    assert len(read) <= 24
