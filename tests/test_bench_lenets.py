@@ -87,3 +87,4 @@ def test_the_docs_say_what_the_results_say():
     table, readme_section = import_module("lenets_table"), import_module("readme_section")
     measured = import_module("rows").read(table.RESULTS) if table.RESULTS.exists() else []
     assert readme_section.text_below(table.HEADING, table.DOCUMENT.read_text()) == table.text(measured).strip()
+    assert f" {len(LENETS)} published LeNets" in (ROOT / "README.md").read_text()
