@@ -11,7 +11,6 @@ model is now.
 import copy
 import copyreg
 import logging
-import sys
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .dynamo import call_compiled, is_plain
+from .dynamo import attached_call
 from .fusable import ACTIVATIONS, NO_POOLING, POOLS, is_observed
 from .nn import ConvActPool2d, FusedConv2d
 from .runs import NOT_CALLED, Captured, CapturedRun, read_sequential
@@ -184,14 +183,13 @@ def _check_module(model: nn.Module) -> None:
 # --- attaching -------------------------------------------------------------------------------------------------------
 
 _SLOT = "_compiled_call_impl"  # where nn.Module.compile puts what calls of the module run instead
-_CALL = nn.Module._wrapped_call_impl.__code__  # what looks there
 
 
 class _Record:
     """What was read of an accelerated module's forward."""
 
-    def __init__(self, model: weakref.ref[nn.Module]) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
         self.graphs: dict[Captured, tuple[Run, ...]] = {}
         self.breaks: dict[str, None] = {}
         self.called = False
@@ -255,22 +253,8 @@ def _may_attach(module: nn.Module) -> bool:
 
 
 def _attach(module: nn.Module) -> None:
-    reference = weakref.ref(module)  # the module frees its parameters with its last reference, not with a collection
-    record = _Record(reference)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        model = reference()
-        if torch.compiler.is_compiling():
-            return call_compiled(record, model, *args, **kwargs)
-        caller = sys._getframe(1)
-        if caller.f_code is _CALL and (called := caller.f_locals["self"]) is not model:
-            return called._call_impl(*args, **kwargs)  # it took over the model's __dict__: DataParallel's replicas
-        if record.called or is_plain():
-            return call_compiled(record, model, *args, **kwargs)
-        output = call_compiled(record, model, *args, **kwargs)
-        record.take_first_call()
-        return output
-
+    record = _Record(module)
+    call = attached_call(module, record)
     call.lenet_fast_record = record  # type: ignore[attr-defined]  # a function, which torch.jit.script lets be
     module.__dict__[_SLOT] = call
     copyreg.dispatch_table.setdefault(type(module), _reduce)

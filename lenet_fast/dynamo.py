@@ -9,8 +9,10 @@ import collections
 import functools
 import logging
 import os
+import sys
 import threading
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -19,9 +21,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from .eager import is_intercepted
-from .runs import CapturedRun, fuse
+from .runs import Captured, fuse
 
-__all__ = ["Listener", "backend", "call_compiled", "compiled_forward", "is_plain"]
+__all__ = ["Listener", "attached_call", "backend", "compiled_forward"]
 
 _log = logging.getLogger("lenet_fast.accelerate")  # the package's users know accelerate, not how it is made
 
@@ -96,7 +98,7 @@ def _traced_methods(traced: frozenset[types.CodeType]) -> tuple[tuple[type, str,
         for name in dir(kind)
         if isinstance(method := getattr(kind, name, None), types.FunctionType)
         and method.__code__ in traced
-        and method.__module__.partition(".")[0] != "torch"
+        and (method.__module__ or "").partition(".")[0] != "torch"
     )
 
 
@@ -123,11 +125,15 @@ def _guard_methods(methods: tuple[tuple[type, str, types.FunctionType], ...], bu
 
 
 class Listener(Protocol):
-    """Whom a call tells which graphs run in it."""
+    """Whom the calls of a model tell what runs in them."""
 
-    graphs: dict[tuple[CapturedRun, ...], Any]
+    graphs: dict[Captured, Any]
+    called: bool
 
-    def add(self, graph: tuple[CapturedRun, ...], inputs: tuple[Any, ...]) -> None:
+    def take_first_call(self) -> None:
+        """Set `called`: everything of a first call was told."""
+
+    def add(self, graph: Captured, inputs: tuple[Any, ...]) -> None:
         """Take in a graph that was not in `graphs` when it ran on `inputs`."""
 
     def add_break(self, reason: str) -> None:
@@ -144,22 +150,49 @@ _current = _Current()
 
 def compiled_forward(model: nn.Module) -> Callable[..., Any]:
     """A function that calls `model`, with its hooks, and with its runs fused, whatever is attached to it."""
-    return functools.partial(call_compiled, None, model)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return _call(None, model, args, kwargs)
+
+    return call
 
 
-def is_plain() -> bool:
-    """Whether a call runs as PyTorch does: other tools look on, which have to see PyTorch's own operators."""
+def attached_call(model: nn.Module, listener: Listener) -> Callable[..., Any]:
+    """What `nn.Module.__call__` is to call for `model`: it keeps no reference to it."""
+    reference = weakref.ref(model)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        model = reference()
+        if torch.compiler.is_dynamo_compiling():
+            return _call(listener, model, args, kwargs)
+        caller = sys._getframe(1)
+        if caller.f_code is _MODULE_CALL and (called := caller.f_locals["self"]) is not model:
+            return called._call_impl(*args, **kwargs)  # it took over the model's __dict__: DataParallel's replicas
+        output = _call(listener, model, args, kwargs)
+        if not listener.called and not _is_watched():
+            listener.take_first_call()
+        return output
+
+    return call
+
+
+_MODULE_CALL = nn.Module._wrapped_call_impl.__code__
+_CALLS = compiled_forward(nn.Module()).__code__, attached_call(nn.Module(), None).__code__
+
+
+def _is_watched() -> bool:
+    """Whether other tools look on, which have to see PyTorch's own operators."""
     return is_intercepted() or torch.fx._symbolic_trace.is_fx_symbolic_tracing() or torch.compiler.is_exporting()
 
 
-def call_compiled(listener: Listener | None, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Call `model` with its runs fused; plainly where other tools look on, which have to see PyTorch's operators."""
+def _call(listener: Listener | None, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Call `model` with its runs fused, where nothing is against it."""
     if torch.compiler.is_dynamo_compiling():  # `torch.compile` of the model, say
         from torch._dynamo.comptime import comptime
 
         comptime(_fuse_before_other_backends)
         return model._call_impl(*args, **kwargs)
-    if is_plain():
+    if _is_watched():
         return model._call_impl(*args, **kwargs)
     compiled = _compiled.get(type(model)) or _compile(type(model))
     outer = _current.listener
@@ -250,17 +283,23 @@ class _Converter:
 
     def __call__(self, frame: Any, cache_entry: Any, hooks: Any, frame_state: Any, skip: int = 0) -> Any:
         from torch._dynamo import config
-        from torch._dynamo.types import ConvertFrameReturn, FrameAction
+        from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
         from torch._dynamo.utils import graph_break_reasons
 
+        if frame.f_code in _CALLS:  # of a part, by a model that Dynamo runs in pieces: it is compiled on its own
+            as_it_is = FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP)
+            return ConvertFrameReturn(frame_exec_strategy=as_it_is, apply_to_code=False)
         breaks = len(graph_break_reasons)
         outer, _current.converts = _current.converts, True
         limit = max(_COMPILATIONS, config.recompile_limit)
-        accumulated = max(limit, config.accumulated_recompile_limit)
+        settings = config.patch(
+            skip_nnmodule_hook_guards=False,
+            recompile_limit=limit,
+            accumulated_recompile_limit=max(limit, config.accumulated_recompile_limit),
+        )
         try:
-            with config.patch(
-                skip_nnmodule_hook_guards=False, recompile_limit=limit, accumulated_recompile_limit=accumulated
-            ):
+            with settings, warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # those of Dynamo's own code; what the forward warns of comes later
                 result = self._convert(frame, cache_entry, hooks, frame_state, skip=skip + 1)
         except Exception as error:
             error = getattr(error, "inner_exception", error)
@@ -270,7 +309,7 @@ class _Converter:
             _current.converts = outer
         for reason in graph_break_reasons[breaks:]:
             self._tell_break(reason.reason)
-        if result.frame_exec_strategy.cur_action is FrameAction.RUN_ONLY:
+        if result.frame_exec_strategy.cur_action == FrameAction.RUN_ONLY:
             _log.warning("%s: new kinds of calls run unfused, %d are compiled", self._name, limit)
         elif result.guarded_code is None:
             self._take_failure(frame.f_code, result)
