@@ -24,7 +24,7 @@ class PublicLeNet:
 
     @property
     def origin(self) -> str:
-        return self.build.__doc__
+        return self.build.__doc__.splitlines()[0]
 
     def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The same parameters at every call."""

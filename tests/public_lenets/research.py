@@ -84,7 +84,10 @@ class BinConv2d(nn.Conv2d):
 
 @lenet("xnor", autograd="binarised weights")
 class XNOR(nn.Module):
-    """XNOR-Net's LeNet: the second convolution binarised by a straight-through Function, its input too."""
+    """XNOR-Net's LeNet: the second convolution binarised by a straight-through Function, its input too.
+
+    Behind that convolution the maximum is an average here: sums of signs have ties, and rounding decides those.
+    """
 
     def __init__(self):
         super().__init__()
@@ -92,13 +95,14 @@ class XNOR(nn.Module):
         self.bn_conv1 = nn.BatchNorm2d(20, eps=1e-4, momentum=0.1, affine=False)
         self.pool = nn.MaxPool2d(kernel_size=2, stride=2)
         self.bin_conv2 = BinConv2d(20, 50, kernel_size=5)
+        self.pool2 = nn.AvgPool2d(kernel_size=2, stride=2)
         self.fc1 = nn.Linear(800, 84)
         self.fc2 = nn.Linear(84, 10)
 
     def forward(self, x):
         x = self.pool(F.relu(self.conv1(x)))
         x = BinActive.apply(self.bn_conv1(x))
-        x = self.pool(F.relu(self.bin_conv2(x)))
+        x = self.pool2(F.relu(self.bin_conv2(x)))
         x = x.view(x.size(0), -1)
         return self.fc2(F.relu(self.fc1(x)))
 
