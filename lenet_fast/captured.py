@@ -6,6 +6,7 @@ something has. Nothing of the forward runs meanwhile, and nothing is computed.
 """
 
 import functools
+import math
 import operator
 import re
 import threading
@@ -24,7 +25,7 @@ from .fusable import ACTIVATIONS, POOLS, LeftAlone, read_call
 from .links import LAYERS, NO_LAYER, Link, NetworkError
 from .tables import Connections
 
-__all__ = ["CALLS", "Reading", "read_forward", "read_graph"]
+__all__ = ["CALLS", "SAME_VALUES", "Reading", "links_of_calls", "read_forward", "read_graph"]
 
 _KEPT = 64  # forwards that Dynamo keeps of one class of models: of each structure, dtype, mode and shape of an image
 _MOST_EXAMPLES = 8  # shapes of a batch
@@ -57,13 +58,17 @@ def read_forward(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, d
     Raises:
         NetworkError: it is something else, or does more than computing its result; names the part.
     """
-    import torch._dynamo  # noqa: F401 - takes a second
+    from torch._dynamo.exc import FailOnRecompileLimitHit  # which takes a second
 
-    cls = type(model)
+    cls, example = type(model), _example(shape, dtype, device)
     _found.reading = None
     restore_settings = _settings()()
     try:
-        outcome = _call_of(cls)(model, _example(shape, dtype, device))
+        try:
+            outcome = _call_of(cls)(model, example)
+        except FailOnRecompileLimitHit:
+            _calls.pop(cls, None)
+            outcome = _call_of(cls)(model, example)
     except Exception as error:  # whatever a forward or Dynamo raises
         raise NetworkError(_reason(cls, error)) from None
     finally:
@@ -167,7 +172,7 @@ def read_graph(graph: fx.Graph) -> tuple[tuple[Link, ...], tuple[int, ...]]:
         return places.index(number)
 
     links = []
-    for link in _links(_chain_of(graph)):
+    for link in links_of_calls(_chain_of(graph)):
         tensors = {role: place(node) for role, node in link.tensors.items()}
         links.append(Link(link.label, link.kind, link.options, tensors))
     return tuple(links), tuple(places)
@@ -223,8 +228,12 @@ def _is_of_a_parameter(node: fx.Node) -> bool:
     )
 
 
-def _links(chain: list[fx.Node]) -> Iterator[Link]:
-    at = 1
+def links_of_calls(chain: list[fx.Node], at: int = 1) -> Iterator[Link]:
+    """What the calls of a chain from number `at` on are; the tensors of the links are nodes.
+
+    Raises:
+        LeftAlone: one is no link; names it.
+    """
     while at < len(chain):
         for pattern in (_scaled_tanh, _distances, _window, _reshaping):
             taken, found = pattern(chain, at)
@@ -296,7 +305,7 @@ def _window(chain: list[fx.Node], at: int) -> _Found:
 def _reshaping(chain: list[fx.Node], at: int) -> _Found:
     """Calls that give the values of every image another shape, in their order."""
     end = at
-    while end < len(chain) and _keeps_values(chain[end]):
+    while end < len(chain) and _keeps_values(chain[end]) and not (_distances(chain, end)[0] or _window(chain, end)[0]):
         end += 1
     if end == at:
         return _NOTHING
@@ -316,16 +325,16 @@ def _reshaping(chain: list[fx.Node], at: int) -> _Found:
         return taken, [Link(label, "images", {"shape": new})]
     if len(new) == 1:
         return taken, [Link(label, "flatten")]
-    if len(old) == 1 and new == (*old, 1, 1):
-        return taken, [Link(label, "maps")]
+    if new == (math.prod(old), 1, 1):
+        return taken, [*([Link(label, "flatten")] if len(old) > 1 else []), Link(label, "maps")]
     raise LeftAlone(f"{label}: makes {_sizes(after)} of {_sizes(before)}")
 
 
 def _keeps_values(node: fx.Node) -> bool:
-    if node.op == "call_function" and node.target is operator.getitem:
+    if node.target is operator.getitem:
         index = node.args[1]
         return all(part in (None, ...) or part == slice(None) for part in (index if type(index) is tuple else (index,)))
-    return node.target in _SAME_VALUES
+    return node.target in SAME_VALUES
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -423,7 +432,7 @@ def _part(label: str, node: fx.Node) -> Link:
 
 _linear = torch._C._nn.linear
 # Calls after which the values of an image are the same, in the same order.
-_SAME_VALUES = {
+SAME_VALUES = {
     *(
         "view",
         "reshape",
@@ -437,7 +446,7 @@ _SAME_VALUES = {
         "float",
         "double",
     ),
-    *(torch.reshape, torch.flatten, torch.unflatten, torch.squeeze, torch.unsqueeze, torch.clone),
+    *(torch.reshape, torch.flatten, torch.unflatten, torch.squeeze, torch.unsqueeze, torch.clone, operator.getitem),
 }
 # By function or name of a method: what makes a link of a call.
 CALLS: dict[Any, Callable[[str, fx.Node], Link]] = {
