@@ -72,7 +72,7 @@ def backend(
 
 
 def _guard_modules() -> None:
-    """Have the graph that is being compiled guarded against hooks added later, and methods replaced on classes."""
+    """Have the graph that is being compiled guarded against later hooks, and methods replaced on classes."""
     from torch._dynamo.guards import GuardBuilder
     from torch._dynamo.source import GlobalStateSource
     from torch._guards import TracingContext
@@ -294,6 +294,7 @@ class _Converter:
         limit = max(_COMPILATIONS, config.recompile_limit)
         settings = config.patch(
             skip_nnmodule_hook_guards=False,
+            use_recursive_dict_tags_for_guards=False,  # PyTorch 2.11 would miss that a layer gets another class
             recompile_limit=limit,
             accumulated_recompile_limit=max(limit, config.accumulated_recompile_limit),
         )

@@ -209,7 +209,7 @@ def _read(node: fx.Node) -> Part:
     """What a node is to a run; raises LeftAlone if it is nothing."""
     if node.op == "call_module":
         layer = node.meta["layer"]
-        if _layer(node) is None or is_observed(layer):
+        if not _is_library_layer(type(layer)) or is_observed(layer):
             raise LeftAlone(NOT_CALLED)
         if isinstance(layer, nn.modules.dropout._DropoutNd):
             if layer.training and layer.p:
@@ -259,9 +259,13 @@ def _layer(node: fx.Node) -> tuple[str, type] | None:
     if not stack:
         return None
     path, kind = list(stack.values())[-1]
-    if not kind.__module__.startswith(_LIBRARIES) or issubclass(kind, _CONTAINERS):
+    if not _is_library_layer(kind) and not (_is_convolution(node) and issubclass(kind, nn.Conv2d)):
         return None
     return re.sub(r"^L\['\w+'\]\.?", "", path), kind
+
+
+def _is_library_layer(kind: type) -> bool:
+    return kind.__module__.startswith(_LIBRARIES) and not issubclass(kind, _CONTAINERS)
 
 
 def _name(node: fx.Node) -> str:
