@@ -99,9 +99,9 @@ class FusedEngine:
     name = "fused"
 
     def __init__(self, model: nn.Module, input_spec: InputSpec, config: TrainConfig) -> None:
-        """Raises NetworkError where the trainer cannot take the model."""
+        """Raises NetworkError where native code cannot take whole steps: `AutogradEngine` knows autocast, too."""
         options = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
-        self.trainer = FusedTrainer(model, config.optimizer, **options, input_spec=input_spec)
+        self.trainer = FusedTrainer(model, config.optimizer, **options, input_spec=input_spec, native_only=True)
         self.batch_size = config.batch_size
 
     def run_epoch(
