@@ -37,6 +37,7 @@ class AutogradEngine:
     """Training steps by torch.autograd and torch.optim, of any nn.Module."""
 
     name = "autograd"
+    how = "torch.autograd and torch.optim"
 
     def __init__(self, model: nn.Module, input_spec: InputSpec, config: TrainConfig) -> None:
         self.model = model
@@ -103,6 +104,11 @@ class FusedEngine:
         options = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
         self.trainer = FusedTrainer(model, config.optimizer, **options, input_spec=input_spec, native_only=True)
         self.batch_size = config.batch_size
+
+    @property
+    def how(self) -> str:
+        """What takes the steps."""
+        return self.trainer.how()
 
     def run_epoch(
         self, images: Tensor, labels: Tensor, order: Tensor, learning_rates: Sequence[float], on_step: OnStep
