@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from . import ops, reference
+from .dynamo import _guard_modules
 from .fusable import ACTIVATIONS, POOLS, LeftAlone, read_call
 from .links import LAYERS, NO_LAYER, Link, NetworkError
 from .tables import Connections
@@ -142,6 +143,7 @@ def _reason(cls: type[nn.Module], error: Exception) -> str:
 def _backend(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., tuple]:
     """What Dynamo hands a graph to: reads it, and computes nothing."""
     links, places = read_graph(module.graph)
+    _guard_modules()
 
     def found(*values: Any) -> tuple:
         _found.reading = Reading(links, tuple([values[place] for place in places]))

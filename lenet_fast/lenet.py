@@ -36,13 +36,13 @@ class InputSpec:
             raise TypeError(f"images: expected dtype torch.uint8, got {images.dtype}")
         if images.dim() not in (3, 4):
             raise ValueError(f"images: expected (N, H, W) or (N, C, H, W), got shape {tuple(images.shape)}")
-        images = images.unsqueeze(1) if images.dim() == 3 else images
-        margins = [self.size - side for side in images.shape[2:]]
+        margins = [self.size - side for side in images.shape[-2:]]
         if any(margin < 0 or margin % 2 for margin in margins):
             raise ValueError(
                 f"images: height and width must be {self.size} or smaller by an even number, "
                 f"got shape {tuple(images.shape)}"
             )
+        images = images.unsqueeze(1) if images.dim() == 3 else images
         top, left = (margin // 2 for margin in margins)
         scale = (self.foreground - self.background) / 255
         pixels = images.to(dtype).mul_(scale).add_(self.background)

@@ -7,12 +7,12 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .dynamo import compiled_forward
 from .eager import check_memory
 from .loss import Loss
 
@@ -36,6 +36,7 @@ class ModelSteps:
         self.optimizer = optimizer
         self._loss = loss
         self._prepare = prepare
+        self._forward = compiled_forward(model)
 
     def take(
         self, images: Tensor, labels: Tensor, order: Tensor | None, batch_size: int, rates: Sequence[float]
@@ -104,9 +105,6 @@ class ModelSteps:
             else:
                 self._update(rate)
         return value, right
-
-    def _forward(self, images: Tensor) -> Any:
-        return self.model(images)
 
     def _update(self, rate: float) -> None:
         group = self.optimizer.param_groups[0]

@@ -19,10 +19,15 @@ from .network import Network, NetworkError
 from .reader import Reader
 from .snapshot import Record, items_of
 
-__all__ = ["QUEUES", "TrainingOperands"]
+__all__ = ["TrainingOperands", "device_queues"]
 
-QUEUES = {"cuda"}  # device types where native steps are queued, in one launch, when a call returns
+_QUEUES = {"cuda"}  # device types
 _REFUSED = "cannot be trained by the CUDA kernels"  # csrc/bind_training_cuda.cpp
+
+
+def device_queues(device: torch.device) -> bool:
+    """Whether native steps on it are only queued, in one launch, when a call returns, if it does not refuse them."""
+    return device.type in _QUEUES
 
 
 class TrainingOperands:
@@ -54,7 +59,7 @@ class TrainingOperands:
         Raises:
             NetworkError: as `numbers`.
         """
-        if self.parameter.device.type not in QUEUES:
+        if not device_queues(self.parameter.device):
             return None
         if image not in self._refusals:
             self._refusals[image] = self._try_on_nothing(image)

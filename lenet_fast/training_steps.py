@@ -18,7 +18,7 @@ from .loss import Loss
 from .model_steps import ModelSteps
 from .network import NetworkError, SizeError
 from .nn import FusedConv2d
-from .training_operands import QUEUES, TrainingOperands
+from .training_operands import TrainingOperands, device_queues
 
 __all__ = ["Masks", "TrainingSteps"]
 
@@ -81,7 +81,7 @@ class TrainingSteps:
         self._said: tuple[str | None, str] | None = None  # why the last steps were not native, and what took them
         self._graphed: tuple[tuple, GraphedSteps] | None = None  # what they are of
         known = not self.operands.reader.is_handwritten
-        if (native_only or self.device.type in QUEUES) and (known or (native_only and input_spec is not None)):
+        if (native_only or device_queues(self.device)) and (known or (native_only and input_spec is not None)):
             self._say_early()
 
     def __reduce__(self) -> tuple:  # without graphs
@@ -136,7 +136,7 @@ class TrainingSteps:
                     self._look([])
                 except NetworkError as error:
                     return f"{_BY_AUTOGRAD}: {error}"
-                if self.device.type not in QUEUES:
+                if not device_queues(self.device):
                     return _NATIVE
         return "not known before the first batch: how(images) tells"
 
@@ -152,7 +152,7 @@ class TrainingSteps:
     def _sentence(self, images: Tensor, reason: str | None) -> str:
         if reason is not None:
             return f"{_BY_AUTOGRAD}: {reason}"
-        if images.device.type not in QUEUES:
+        if not device_queues(images.device):
             return _NATIVE
         refusal = self.operands.refusal(self._image)
         self.operands.warn_of(refusal)
@@ -234,7 +234,7 @@ class TrainingSteps:
 
     def are_queued(self, images: Tensor, labels: Tensor, number: int, batch_size: int) -> bool:
         """Whether a call of `number` images returns when its steps are queued, in one launch, before they are done."""
-        if images.device.type not in QUEUES:
+        if not device_queues(images.device):
             return False
         self._begin()
         if self._why_not_native(images, labels, number, batch_size) is not None:

@@ -18,8 +18,8 @@ pytestmark = pytest.mark.skipif(
     backends.why_unavailable("native", "cpu") is not None, reason=str(backends.why_unavailable("native", "cpu"))
 )
 
-# Seeds of the networks of each test. They begin where 450 have all that the last test wants.
-GROUPS = [range(first, first + 45) for first in range(2000, 2450, 45)]
+# Seeds of the networks of each test. They begin where 495 have all that the last test wants.
+GROUPS = [range(first, first + 45) for first in range(2225, 2720, 45)]
 SETTINGS = [
     {"optimizer": "sgd", "lr": 1e-4, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-3},
     {"optimizer": "adam", "lr": 1e-4, "weight_decay": 1e-2},
@@ -136,5 +136,7 @@ def test_the_networks_have_all_that_the_reader_takes():
         for next_ in OPTIONS[other]
     }
     assert kinds == set(LINKS), set(LINKS) - kinds
-    assert pairs == expected, (sorted(expected - pairs), sorted(pairs - expected))
+    assert pairs >= expected, sorted(expected - pairs)
+    rare = {("linear", "window"), ("window", "window")}  # features as maps of one value, which a forward has to say
+    assert {(one, other) for one, _, other, _ in pairs - expected} <= rare
     assert frozen == {(*parameter, trains) for parameter in {key[:-1] for key in frozen} for trains in (False, True)}
