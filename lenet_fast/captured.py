@@ -206,14 +206,24 @@ def _chain_of(graph: fx.Graph) -> list[fx.Node]:
         if node.op == "placeholder":
             if _value(node) is None and not _is_size(node):
                 raise LeftAlone(f"{node.name}: a value that changes from call to call")
-        elif not (node in known or _is_size(node) or _is_of_a_parameter(node)):
+        elif not (node in known or _is_size(node) or _is_of_a_parameter(node) or _is_without_effect(node)):
             raise _left_alone(node, "stands beside the chain of layers")
     return chain
 
 
 def _is_size(node: fx.Node) -> bool:
     """Whether it is a size, or what one is computed of."""
-    return isinstance(node.meta.get("example_value"), bool | int | torch.SymInt)
+    return isinstance(node.meta.get("example_value"), bool | int | float | torch.SymInt | torch.SymFloat)
+
+
+_PURE = (F.softmax, torch.softmax, F.log_softmax, torch.log_softmax, torch.argmax, "softmax", "log_softmax", "argmax")
+
+
+def _is_without_effect(node: fx.Node) -> bool:
+    """Whether its result goes nowhere: probabilities that nobody asks for, the log entry of a layer made in forward."""
+    if node.target is torch._C._log_api_usage_once:
+        return True
+    return node.target in _PURE and all(map(_is_without_effect, node.users))
 
 
 def _is_parameter(node: fx.Node) -> bool:

@@ -27,6 +27,8 @@ class Reader:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._snapshot: Snapshot | None = None
+        self._failures = 0  # to read a forward, one after the other, whatever changed in between
+        self._pause = 0  # questions that are answered with the last failure
 
     def __reduce__(self) -> tuple:
         return Reader, (self.model,)
@@ -89,11 +91,19 @@ class Reader:
                 reason = next(iter(self._unread.values()))
             if reason is not None:
                 raise NetworkError(reason)
+        if self._pause:
+            self._pause -= 1
+            raise NetworkError(self._last_reason)
         try:
-            return read_forward(self.model, shape, dtype, device)
+            reading = read_forward(self.model, shape, dtype, device)
         except NetworkError as error:
-            self._unread[self._key(shape, dtype)] = str(error)
+            self._unread[self._key(shape, dtype)] = self._last_reason = str(error)
+            self._failures += 1
+            if self._failures >= _MOST_ATTEMPTS:  # perhaps the forward changes the model: it would fail in every step
+                self._pause = 1 << min(self._failures, 16)
             raise
+        self._failures = 0
+        return reading
 
     def _key(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple:
         return shape, dtype, tuple(module.training for module in self.model.modules())
