@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .dynamo import attached_call
+from .dynamo import Listener, attached_call
 from .fusable import ACTIVATIONS, NO_POOLING, POOLS, is_observed
 from .nn import ConvActPool2d, FusedConv2d
 from .runs import NOT_CALLED, Captured, CapturedRun, read_sequential
@@ -185,18 +185,17 @@ def _check_module(model: nn.Module) -> None:
 _SLOT = "_compiled_call_impl"  # where nn.Module.compile puts what calls of the module run instead
 
 
-class _Record:
+class _Record(Listener):
     """What was read of an accelerated module's forward."""
 
     def __init__(self, model: nn.Module) -> None:
+        super().__init__()
         self._model = weakref.ref(model)
         self.graphs: dict[Captured, tuple[Run, ...]] = {}
-        self.breaks: dict[str, None] = {}
-        self.called = False
 
     def take_first_call(self) -> None:
         """Warn of what no graph of the first call contains."""
-        self.called = True
+        super().take_first_call()
         _warn(run for run in report(self._model()).left_alone if run not in self.runs())
 
     def runs(self) -> dict[Run, None]:
@@ -210,9 +209,6 @@ class _Record:
             if not run.reason:
                 _log.info("fused %s", run)
         _warn(run for run in new if run.reason)
-
-    def add_break(self, reason: str) -> None:
-        self.breaks[reason] = None
 
     def _named(self, run: CapturedRun, inputs: tuple[Any, ...]) -> Run:
         """The run with its layers' names in the model, which may be other than those where the graph starts."""

@@ -15,7 +15,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,6 +28,7 @@ __all__ = ["Listener", "attached_call", "backend", "compiled_forward"]
 _log = logging.getLogger("lenet_fast.accelerate")  # the package's users know accelerate, not how it is made
 
 _COMPILATIONS = 256  # of one class of models: for each architecture, mode, dtype, kind of batch, ...
+_NEW_CALLS = 8  # calls of one model in a row that Dynamo has to read, until it is given up
 _FAILURES = 8  # of Dynamo in the calls of one class of models, until it is not asked any more
 
 
@@ -124,20 +125,38 @@ def _guard_methods(methods: tuple[tuple[type, str, types.FunctionType], ...], bu
 # --- calls of models -------------------------------------------------------------------------------------------------
 
 
-class Listener(Protocol):
-    """Whom the calls of a model tell what runs in them."""
+class Listener:
+    """What the calls of one model ran, for a report and for `_call`."""
 
-    graphs: dict[Captured, Any]
-    called: bool
-
-    def take_first_call(self) -> None:
-        """Set `called`: everything of a first call was told."""
+    def __init__(self) -> None:
+        self.graphs: dict[Captured, Any] = {}
+        self.breaks: dict[str, None] = {}  # why Dynamo left a part of the forward to Python
+        self.called = False
+        self.has_read = False  # whether Dynamo has read something in this call
+        self.calls_read = 0  # how many of the last calls in a row it has
+        self.is_given_up = False
 
     def add(self, graph: Captured, inputs: tuple[Any, ...]) -> None:
         """Take in a graph that was not in `graphs` when it ran on `inputs`."""
+        self.graphs[graph] = None
 
-    def add_break(self, reason: str) -> None:
-        """Take in why Dynamo left a part of the forward to Python."""
+    def take_first_call(self) -> None:
+        """The first call has run."""
+        self.called = True
+
+    def take_call(self, name: str) -> None:
+        """Give up a model of which every call is something new, a list that grows, say: reading takes very long."""
+        if not self.has_read:
+            self.calls_read = 0
+            return
+        self.has_read = False
+        self.calls_read += 1
+        if self.calls_read == _NEW_CALLS:
+            self.is_given_up = True
+            told = (
+                "%s runs unfused from now on, apart from parts of it: its forward depends on what changes in every call"
+            )
+            _log.warning(told, name)
 
 
 class _Current(threading.local):
@@ -149,10 +168,16 @@ _current = _Current()
 
 
 def compiled_forward(model: nn.Module) -> Callable[..., Any]:
-    """A function that calls `model`, with its hooks, and with its runs fused, whatever is attached to it."""
+    """A function that calls `model`, with its hooks, and with its runs fused, whatever is attached to it.
+
+    A model of a class with a `__call__` of its own is called as it is.
+    """
+    if type(model).__call__ is not nn.Module.__call__:
+        return model
+    listener = Listener()
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return _call(None, model, args, kwargs)
+        return _call(listener, model, args, kwargs)
 
     return call
 
@@ -185,22 +210,25 @@ def _is_watched() -> bool:
     return is_intercepted() or torch.fx._symbolic_trace.is_fx_symbolic_tracing() or torch.compiler.is_exporting()
 
 
-def _call(listener: Listener | None, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+def _call(listener: Listener, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Call `model` with its runs fused, where nothing is against it."""
     if torch.compiler.is_dynamo_compiling():  # `torch.compile` of the model, say
         from torch._dynamo.comptime import comptime
 
         comptime(_fuse_before_other_backends)
         return model._call_impl(*args, **kwargs)
-    if _is_watched():
+    if listener.is_given_up or _is_watched():
         return model._call_impl(*args, **kwargs)
     compiled = _compiled.get(type(model)) or _compile(type(model))
     outer = _current.listener
     _current.listener = listener
     try:
-        return compiled(model, *args, **kwargs)
+        output = compiled(model, *args, **kwargs)
     finally:
         _current.listener = outer
+    if listener.has_read or listener.calls_read:
+        listener.take_call(type(model).__name__)
+    return output
 
 
 def _plain_call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -230,8 +258,10 @@ def _compile(cls: type[nn.Module]) -> Callable[..., Any]:
     function = types.FunctionType(code, globals(), code.co_name)
     try:
         context = torch._dynamo.optimize(_fuse_and_tell)
+        if not hasattr(context, "callback"):
+            raise RuntimeError("TORCHDYNAMO_DISABLE is set")
         converter = _Converter(context.callback._torchdynamo_orig_backend, code, cls.__name__)
-    except (RuntimeError, AttributeError) as error:  # Dynamo does not support this Python, or is switched off
+    except RuntimeError as error:  # or Dynamo does not support this Python
         _log.warning("%s runs unfused: PyTorch's Dynamo cannot be used here (%s)", cls.__name__, error)
         compiled = function
     else:
@@ -314,6 +344,8 @@ class _Converter:
             _log.warning("%s: new kinds of calls run unfused, %d are compiled", self._name, limit)
         elif result.guarded_code is None:
             self._take_failure(frame.f_code, result)
+        elif _current.listener is not None:
+            _current.listener.has_read = True
         return result
 
     def _take_failure(self, code: types.CodeType, result: Any) -> None:
@@ -330,7 +362,7 @@ class _Converter:
 
     def _tell_break(self, reason: str) -> None:
         if _current.listener is not None:
-            _current.listener.add_break(_first_sentence(reason))
+            _current.listener.breaks[_first_sentence(reason)] = None
 
 
 def _first_sentence(reason: str) -> str:

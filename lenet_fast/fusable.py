@@ -201,9 +201,12 @@ def _called_padding(node: fx.Node) -> int | str:
     padding = given.get("padding", 0)
     if isinstance(padding, str):
         return padding
-    if len(set(_pair(padding))) != 1:
+    both = _pair(padding)
+    if not isinstance(both, tuple) or not all(isinstance(value, int) for value in both):
+        raise LeftAlone("its padding changes from call to call")
+    if len(set(both)) != 1:
         raise LeftAlone(f"padding {padding} differs between the axes")
-    return _pair(padding)[0]
+    return both[0]
 
 
 def conv_arguments(node: fx.Node) -> dict[str, Any]:

@@ -1053,6 +1053,18 @@ def test_says_where_too_many_architectures_are_not_fused_any_more(monkeypatch, c
     assert [fused_calls(model, IMAGES) for model in kept] == [1] * 8 + [0] * 3
 
 
+def test_gives_up_a_model_whose_every_call_is_new(caplog):
+    """A list that grows, say: it would be compiled anew in each call. Parts of it still run fused."""
+    model = accelerate(careful("Growing", appends)())
+    plain = restore(copy.deepcopy(model))
+    for _ in range(12):
+        torch.testing.assert_close(model(IMAGES), plain(IMAGES))
+    assert len([message for _, message in told(caplog) if message.startswith("Growing runs unfused")]) == 1
+    assert len(model.outputs) == 12
+    assert fused_calls(model, IMAGES) == 1
+    assert compilations(type(model)) <= 9
+
+
 def test_training_goes_on_with_the_same_optimizer():
     def losses(model, *, accelerated_at):
         torch.manual_seed(0)
