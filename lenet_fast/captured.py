@@ -75,12 +75,15 @@ def read_forward(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, d
     finally:
         restore_settings()
     reading, _found.reading = _found.reading, None
+    if outcome is _OFF:
+        raise NetworkError(f"{cls.__name__}: PyTorch's Dynamo, which reads forwards, is switched off")
     if reading is None or outcome is not _MARKER:
         raise NetworkError(f"{cls.__name__}: its result is not that of its last layer alone")
     return reading
 
 
 _MARKER = torch.empty(0)  # in the place of a graph's result
+_OFF = object()  # where Dynamo is switched off
 _found = threading.local()
 _calls: "weakref.WeakKeyDictionary[type, Callable[..., Any]]" = weakref.WeakKeyDictionary()
 _examples: dict[tuple, Tensor] = {}
@@ -88,7 +91,7 @@ _examples: dict[tuple, Tensor] = {}
 
 def _call(model: nn.Module, images: Tensor) -> Any:
     if not torch.compiler.is_compiling():
-        return None  # Dynamo is off: nothing of the forward may run
+        return _OFF  # nothing of the forward may run
     return model(images)
 
 

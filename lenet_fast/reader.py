@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .captured import Reading, read_forward
 from .eager import is_intercepted
@@ -75,6 +76,8 @@ class Reader:
         self._unread: dict[tuple, str] = {}  # why batches of a shape, in a mode of the model, have no network
         try:
             links = links_of_layers(self.model)
+            if any(isinstance(layer, DistributedDataParallel) for layer in self.model.modules()):
+                raise NetworkError("DistributedDataParallel: native steps do not average gradients over processes")
             if self._snapshot.is_observed:
                 raise NetworkError(f"{_observed(self.model)}: {OBSERVED}")
             if links is not None:

@@ -1011,6 +1011,39 @@ def test_a_copy_is_on_its_own(copied, kind):
     assert_close(trainer.model, other.model, 0)
 
 
+def test_gradients_of_several_processes_are_averaged():
+    from torch import distributed
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        calls = []
+        model = nn.parallel.DistributedDataParallel(View())
+        model.register_comm_hook(None, lambda state, bucket: calls.append(bucket) or _as_it_is(bucket))
+        trainer = FusedTrainer(model, lr=0.1)
+        trainer.step(*data())
+        assert calls
+        assert "DistributedDataParallel" in trainer.how(data()[0])
+    finally:
+        distributed.destroy_process_group()
+
+
+def _as_it_is(bucket):
+    future = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
+
+
+def test_where_dynamo_is_switched_off():
+    model = View()
+    trainer = FusedTrainer(model, lr=0.1)
+    torch.compiler.set_stance("force_eager")
+    try:
+        trainer.step(*data())
+        assert "Dynamo, which reads forwards, is switched off" in trainer.how(data()[0])
+    finally:
+        torch.compiler.set_stance("default")
+
+
 def test_threads_train_models_that_have_to_be_read():
     kinds = [type(f"Thread{i}", (base,), {}) for i, base in enumerate((View, Sizes, Normed, View))]
     images, labels = data(40)
