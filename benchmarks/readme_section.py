@@ -1,4 +1,4 @@
-"""The text below a heading of README.md, which a script draws from results: found and replaced."""
+"""The text below a heading of README.md or a file of docs/, which a script draws from results: found and replaced."""
 
 import re
 import sys
@@ -16,11 +16,11 @@ def text_below(heading: str, readme: str) -> str:
     return _section(heading).search(readme).group(1).strip()
 
 
-def show(drawn: dict[str, str]) -> None:
-    """Print the text for each heading; with --write on the command line, put it into README.md too."""
+def show(drawn: dict[str, str], document: Path = README) -> None:
+    """Print the text for each heading; with --write on the command line, put it into `document` too."""
     print("\n\n".join(drawn.values()))
     if sys.argv[1:] == ["--write"]:
-        readme = README.read_text()
+        content = document.read_text()
         for heading, text in drawn.items():
-            readme = _section(heading).sub(lambda _, text=text: f"\n{text}\n\n", readme)
-        README.write_text(readme)
+            content = _section(heading).sub(lambda _, text=text: f"\n{text}\n\n", content)
+        document.write_text(content)

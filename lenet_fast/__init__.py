@@ -6,7 +6,7 @@ from . import interrupts  # noqa: F401
 # isort: split
 from . import functional, models, nn, tables
 from ._version import __version__
-from .accelerate import accelerate, restore
+from .accelerate import accelerate, report, restore
 from .trainer import FusedTrainer
 
-__all__ = ["FusedTrainer", "__version__", "accelerate", "functional", "models", "nn", "restore", "tables"]
+__all__ = ["FusedTrainer", "__version__", "accelerate", "functional", "models", "nn", "report", "restore", "tables"]

@@ -1,29 +1,28 @@
 """`accelerate` runs a model's Conv2d -> activation -> 2x2 pooling fused; `restore` makes a model plain PyTorch again.
 
-No layer is replaced. A module whose forward contains such runs gets a second forward: its own, traced by torch.fx,
-with one fused operator in place of each run, reading the parameters from the same layers. So parameters, state_dict,
-optimizers, `model.conv1`, initialisation by layer type, single layers called by hand and hooks keep their meaning.
-The traced forward runs only while what was traced still holds (see `plans.Plan.obstacle`); otherwise the module's own
-forward runs, which is always right, and says so once.
+No layer is replaced, and the model's class stays as it is: `accelerate` attaches the backend of `dynamo` to the model
+in the way of `nn.Module.compile`. So parameters, state_dict, optimizers, `model.conv1`, initialisation by layer type,
+single layers called by hand and hooks keep their meaning, and PyTorch's guards see to it that what runs is what the
+model is now.
 
 `accelerate` the function hides this module's name in the package; `from lenet_fast.accelerate import report` works.
 """
 
+import copy
 import copyreg
-import functools
 import logging
-import types
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from .fusable import ACTIVATIONS, NO_POOLING, POOLS, LeftAlone, is_observed
+from .dynamo import Listener, attached_call
+from .fusable import ACTIVATIONS, NO_POOLING, POOLS, is_observed
 from .nn import ConvActPool2d, FusedConv2d
-from .plans import Plan, make_plans
-from .tracing import original_class
+from .runs import NOT_CALLED, Captured, CapturedRun, read_sequential
 
 __all__ = ["Report", "Run", "accelerate", "report", "restore"]
 
@@ -37,6 +36,11 @@ class Run:
 
     layers: tuple[str, ...]
     reason: str | None = None
+
+    def within(self, path: str) -> "Run":
+        """The same as seen from a module that contains this one under `path`."""
+        layers = (name if name.endswith("()") or not path else f"{path}.{name}" for name in self.layers)
+        return Run(tuple(layers), self.reason)
 
     def __str__(self) -> str:
         return " + ".join(self.layers) + (f": {self.reason}" if self.reason else "")
@@ -59,20 +63,24 @@ class Report:
 def accelerate(model: Model) -> Model:
     """Run every Conv2d -> activation -> 2x2 pooling in `model` through the fused operator; returns `model` itself.
 
-    Finds runs in the forward of any module that torch.fx can trace, made of layers (`nn.ReLU`, `nn.Sigmoid`,
-    `nn.Tanh`, `lenet_fast.nn.ScaledTanh`; `nn.MaxPool2d`, `nn.AvgPool2d`) or of functions and methods (`F.relu`,
-    `torch.tanh`, `x.sigmoid()`, `1.7159 * torch.tanh(2 / 3 * x)`, `F.max_pool2d`, ...). The activation may be missing,
-    and may follow a max pooling: every one of these functions is nondecreasing, so the order does not matter.
+    Finds runs in whatever PyTorch's Dynamo reads, made of layers (`nn.ReLU`, `nn.Sigmoid`, `nn.Tanh`,
+    `lenet_fast.nn.ScaledTanh`; `nn.MaxPool2d`, `nn.AvgPool2d`) or of functions and methods (`F.relu`, `torch.tanh`,
+    `x.sigmoid()`, `1.7159 * torch.tanh(2 / 3 * x)`, `F.max_pool2d`, ...). The activation may be missing, and may follow
+    a max pooling: every one of these functions is nondecreasing, so the order does not matter. Dropout in between is no
+    obstacle in evaluation mode. Everything else of the forward runs as it does without `accelerate`, in one piece or in
+    several: it may print, draw random numbers, branch on its input and change the model.
 
     Outputs and gradients agree with the plain model within float32 rounding. Parameters and layers stay the same
-    objects under the same names. Call it again after changing the model's layers: a second call starts afresh. Logs
-    what it fuses (INFO) and what it leaves alone and why (WARNING) to the logger "lenet_fast.accelerate"; `report`
-    returns the same. The kernels take 16 images at a time: smaller batches gain little or lose.
+    objects under the same names, and may change at any time. The first call imports Dynamo (about a second) and reads
+    the forward (about half a second); so does the first call of another kind: another mode, dtype or number of
+    dimensions, the second batch size. Every later one checks that what was read still holds. Models of one class share
+    what was read.
 
-    As under every torch.fx tool, a forward has to be a function of its inputs, parameters, layers, attributes and
-    training mode; it is run once a mode on stand-ins for tensors. One that prints, assigns attributes, keeps
-    intermediate results, switches gradients off or branches on its input is left alone; one that reads a global
-    variable which changes later cannot be told apart.
+    Plain PyTorch runs where other tools look on: under `torch.jit.trace`, `torch.export`, `torch.func`'s transforms,
+    `FakeTensorMode`, other dispatch modes, and within `torch.compile`, whose own backend gets the graph.
+
+    Logs what is fused (INFO) and what is left alone and why (WARNING) to the logger "lenet_fast.accelerate" in the
+    first call; `report` returns the same. The kernels take 16 images at a time: smaller batches gain little or lose.
 
     A convolution without pooling is left alone. Fused with its activation only, one of LeNet-5's size (below 2,500
     weights) trains 1.3-2.5x faster at batch 128, but one of more than 4,000 runs at 0.4-0.8 of the plain speed, and all
@@ -82,26 +90,65 @@ def accelerate(model: Model) -> Model:
         TypeError: `model` is no nn.Module.
     """
     _check_module(model)
-    plans, found = _analyse(model)
-    _set_plans(model, plans)
-    for layer in model.modules():
-        if isinstance(layer, FusedConv2d) and layer.backend == "reference":
-            layer.backend = "auto"  # undoes `restore`
-    for run in found.fused:
-        _log.info("fused %s", run)
-    if found.left_alone:
-        _log.warning("left alone:\n%s", "\n".join(f"  {run}" for run in found.left_alone))
+    for module in model.modules():
+        if _may_attach(module):
+            _attach(module)
+        if isinstance(module, FusedConv2d) and module.backend == "reference":
+            module.backend = "auto"  # undoes `restore`
     return model
 
 
-def report(model: nn.Module) -> Report:
-    """What `accelerate` fuses in `model` and what it leaves alone and why; the model stays as it is.
+def report(model: nn.Module, *example_inputs: Any) -> Report:
+    """What runs fused in `model`, and what is left alone and why: every Conv2d is in the report, the model stays as is.
+
+    Of an accelerated model it tells what was compiled for the calls until now; a convolution that runs fused in one of
+    them and not in another (in training mode, say) is told of twice. Of any other model, or before the first call, it
+    knows nn.Sequential alone, unless there are example inputs.
+
+    Args:
+        model: accelerated or not.
+        example_inputs: arguments of a call. A deep copy of the model is called with them, without gradients: layers and
+            random generators stay as they are, while what the forward does elsewhere (it prints, say) happens.
 
     Raises:
         TypeError: `model` is no nn.Module.
     """
     _check_module(model)
-    return _analyse(model)[1]
+    if example_inputs:
+        model = _called_copy(model, example_inputs)
+    found: dict[Run, None] = {}
+    for path, module in model.named_modules():
+        if record := _attached(module):
+            found.update((run.within(path), None) for run in record.runs())
+    if not found and type(model).forward is nn.Sequential.forward and not is_observed(model):
+        found.update((Run(run.parts, run.reason), None) for run in read_sequential(model))
+    seen = {run.layers[0] for run in found}
+    for path, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d) and path not in seen:
+            found[Run((path or type(layer).__name__,), _why_not_seen(model, path))] = None
+    return Report(tuple(r for r in found if not r.reason), tuple(r for r in found if r.reason))
+
+
+def _called_copy(model: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
+    model = accelerate(copy.deepcopy(model))
+    devices = {tensor.device.index for tensor in model.parameters() if tensor.is_cuda}
+    with torch.no_grad(), torch.random.fork_rng(sorted(devices)):
+        model(*copy.deepcopy(inputs))
+    return model
+
+
+def _why_not_seen(model: nn.Module, path: str) -> str:
+    """Why no graph that was compiled contains a convolution."""
+    if not path:
+        return NO_POOLING
+    called = False
+    while path:
+        path = path.rpartition(".")[0]
+        record = _attached(model.get_submodule(path))
+        if record and record.breaks:
+            return f"PyTorch runs its forward, as Dynamo says: {next(iter(record.breaks))}"
+        called |= bool(record and record.called)
+    return "no call has reached it" if called else NOT_CALLED
 
 
 def restore(model: Model) -> Model:
@@ -116,7 +163,9 @@ def restore(model: Model) -> Model:
         TypeError: `model` is no nn.Module.
     """
     _check_module(model)
-    _set_plans(model, {})
+    for module in model.modules():
+        if _attached(module):
+            del module.__dict__[_SLOT]
     for parent in list(model.modules()):
         if type(parent).forward is nn.Sequential.forward:
             _unfuse_children(parent, model)
@@ -131,112 +180,97 @@ def _check_module(model: nn.Module) -> None:
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
 
 
-def _analyse(model: nn.Module) -> tuple[dict[nn.Module, dict[bool, Plan]], Report]:
-    """The plans of every module that has runs, and the report on every Conv2d."""
-    plans: dict[nn.Module, dict[bool, Plan]] = {}
-    found: dict[Run, None] = {}
-    called: set[nn.Module] = set()
-    covered: set[nn.Module] = set()  # containers whose convolutions a parent's forward accounts for
-    refused: dict[str, str] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Conv2d) or not any(isinstance(m, nn.Conv2d) for m in module.modules()):
-            continue
-        if isinstance(module, nn.ModuleList | nn.ModuleDict):
-            continue
-        try:
-            own_plans, calls, inlined = make_plans(module)
-        except LeftAlone as why:
-            refused[path] = f"the forward of {type(module).__name__} {why}"
-            continue
-        if own_plans:
-            plans[module] = own_plans
-        covered.update(module.get_submodule(name) for name in inlined)
-        for layers, reason in calls:
-            called.add(module.get_submodule(layers[0]))
-            if module not in covered:
-                names = tuple(label if label.endswith("()") else _join(path, label) for label in layers)
-                found[Run(names, reason)] = None
-    for path, layer in model.named_modules():
-        if isinstance(layer, nn.Conv2d) and layer not in called:
-            found[Run((path or type(layer).__name__,), _why_not_called(path, refused))] = None
-    return plans, Report(tuple(r for r in found if not r.reason), tuple(r for r in found if r.reason))
+# --- attaching -------------------------------------------------------------------------------------------------------
+
+_SLOT = "_compiled_call_impl"  # where nn.Module.compile puts what calls of the module run instead
 
 
-def _why_not_called(path: str, refused: dict[str, str]) -> str:
-    """The nearest module around a convolution whose forward could not be read is to blame."""
-    around = path
-    while around:
-        around = around.rpartition(".")[0]
-        if around in refused:
-            return refused[around]
-    return "no forward calls it" if path else NO_POOLING
+class _Record(Listener):
+    """What was read of an accelerated module's forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = weakref.ref(model)
+        self.graphs: dict[Captured, tuple[Run, ...]] = {}
+
+    def take_first_call(self) -> None:
+        """Warn of what no graph of the first call contains."""
+        super().take_first_call()
+        _warn(run for run in report(self._model()).left_alone if run not in self.runs())
+
+    def runs(self) -> dict[Run, None]:
+        return {run: None for runs in self.graphs.values() for run in runs}
+
+    def add(self, graph: Captured, inputs: tuple[Any, ...]) -> None:
+        known = self.runs()
+        self.graphs[graph] = tuple(self._named(run, inputs) for run in graph.runs)
+        new = [run for run in self.graphs[graph] if run not in known]
+        for run in new:
+            if not run.reason:
+                _log.info("fused %s", run)
+        _warn(run for run in new if run.reason)
+
+    def _named(self, run: CapturedRun, inputs: tuple[Any, ...]) -> Run:
+        """The run with its layers' names in the model, which may be other than those where the graph starts."""
+        seen = run.parts[0].split(".")
+        weight = None if run.weight is None else inputs[run.weight]
+        own: list[str] = []
+        most = (False, 0)
+        for name, layer in self._model().named_modules():
+            path = name.split(".")
+            same = next(
+                (i for i, (a, b) in enumerate(zip(seen[::-1], path[::-1], strict=False)) if a != b),
+                min(len(seen), len(path)),
+            )
+            fits = weight is not None and layer._parameters.get("weight") is weight, same
+            if same and fits > most:
+                own, most = path[:-same], fits
+        start = "".join(f"{name}." for name in seen[: len(seen) - most[1]])
+        prefix = "".join(f"{name}." for name in own)
+        parts = (part if part.endswith("()") else prefix + part.removeprefix(start) for part in run.parts)
+        return Run(tuple(parts), run.reason)
 
 
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
+def _warn(left_alone: Iterable[Run]) -> None:
+    if lines := [f"  {run}" for run in left_alone]:
+        _log.warning("left alone:\n%s", "\n".join(lines))
 
 
-# --- modules with plans ----------------------------------------------------------------------------------------------
+def _attached(module: nn.Module) -> _Record | None:
+    return getattr(module.__dict__.get(_SLOT), "lenet_fast_record", None)
 
 
-class _Accelerated:
-    """First base of the class of a module with plans."""
-
-    _lenet_fast_original: type[nn.Module]
-    _lenet_fast_plans: Mapping[bool, Plan] = types.MappingProxyType({})
-
-    def __init_subclass__(cls) -> None:
-        """Keep the original class's own `__init_subclass__` (a registry, say) out of this."""
-
-    def __reduce_ex__(self, protocol: int) -> tuple:
-        return _new_accelerated, (self._lenet_fast_original,), super().__reduce_ex__(max(protocol, 2))[2]
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if None not in self._lenet_fast_plans.values():
-            return
-        try:
-            self._lenet_fast_plans = make_plans(self)[0]
-        except LeftAlone as why:
-            self._lenet_fast_plans = {}
-            _log.warning("%s was accelerated, but is not any more: its forward %s", type(self).__name__, why)
-
-    def extra_repr(self) -> str:
-        runs = dict.fromkeys(run for plan in self._lenet_fast_plans.values() for run in plan.runs)
-        return "\n".join(filter(None, (super().extra_repr(), f"fused: {', '.join(runs)}")))
+def _may_attach(module: nn.Module) -> bool:
+    """Whether `module` has a forward that may contain runs, and nothing of another's in the place of ours."""
+    kind = type(module)
+    if kind.__module__.partition(".")[0] == "torch" and not issubclass(kind, nn.Sequential | torch.fx.GraphModule):
+        return False
+    return _SLOT not in module.__dict__ and any(isinstance(layer, nn.Conv2d) for layer in module.modules())
 
 
-@functools.cache
-def _accelerated_class(cls: type[nn.Module]) -> type[nn.Module]:
-    @functools.wraps(cls.forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        plan = self._lenet_fast_plans.get(self.training)
-        if plan is not None and (inputs := plan.arguments(args, kwargs)) is not None:
-            obstacle = plan.obstacle(self)
-            if obstacle is None:
-                return plan.run(self, *inputs)
-            if not torch.compiler.is_compiling():
-                plan.say_once(self, obstacle)
-        return cls.forward(self, *args, **kwargs)
-
-    body = {"_lenet_fast_original": cls, "forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__}
-    return types.new_class(cls.__name__, (_Accelerated, cls), exec_body=lambda namespace: namespace.update(body))
+def _attach(module: nn.Module) -> None:
+    record = _Record(module)
+    call = attached_call(module, record)
+    call.lenet_fast_record = record  # type: ignore[attr-defined]  # a function, which torch.jit.script lets be
+    module.__dict__[_SLOT] = call
+    copyreg.dispatch_table.setdefault(type(module), _reduce)
 
 
-def _new_accelerated(cls: type[nn.Module]) -> nn.Module:
-    return copyreg.__newobj__(_accelerated_class(cls))
+def _reduce(module: nn.Module) -> Any:
+    """How modules of a class that has accelerated ones are copied and pickled: accelerated ones stay so."""
+    reduced = module.__reduce_ex__(2)
+    if not _attached(module) or not isinstance(reduced, tuple) or reduced[0] is not copyreg.__newobj__:
+        return reduced
+    _, arguments, state, *rest = reduced
+    if isinstance(state, dict):
+        state = {name: value for name, value in state.items() if name != _SLOT}
+    return _new_accelerated, arguments, state, *rest
 
 
-def _set_plans(model: nn.Module, plans: Mapping[nn.Module, dict[bool, Plan]]) -> None:
-    """Give the modules of `model` these plans, and take away any other."""
-    for module in model.modules():
-        original = original_class(module)
-        if module in plans:
-            module.__class__ = _accelerated_class(original)
-            module.__dict__["_lenet_fast_plans"] = plans[module]
-        elif isinstance(module, _Accelerated):
-            module.__class__ = original
-            module.__dict__.pop("_lenet_fast_plans", None)
+def _new_accelerated(cls: type[nn.Module], *args: Any) -> nn.Module:
+    module = cls.__new__(cls, *args)
+    _attach(module)
+    return module
 
 
 # --- plain equivalents of the fused layers ---------------------------------------------------------------------------

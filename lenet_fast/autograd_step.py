@@ -14,6 +14,7 @@ from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 from . import functional
+from .loss import Loss
 from .network import Network
 
 __all__ = ["AutogradStep", "Update"]
@@ -64,21 +65,21 @@ class AutogradStep:
             autograd knows of the parameters is of another stream and would end a capture.
         prepare: images to the network's input.
         update: of those `tensors` that require gradients.
-        j: of the MAP loss, which a network with distances is trained with.
+        loss: what is minimised: cross-entropy, or the MAP loss of a network with distances.
     """
 
     network: Network
     tensors: Sequence[Tensor]
     prepare: Callable[[Tensor], Tensor]
     update: Update
-    j: float
+    loss: Loss
 
     @classmethod
     def of(
         cls,
         network: Network,
         prepare: Callable[[Tensor], Tensor],
-        j: float,
+        loss: Loss,
         optimizer: str,
         settings: Mapping[str, Any],
         state: Sequence[Sequence[Tensor]],
@@ -86,7 +87,7 @@ class AutogradStep:
         """A step of the network's own tensors; `state` as `Update` has it, of those that are trained."""
         tensors = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in network.tensors()]
         trained = [tensor for tensor in tensors if tensor.requires_grad]
-        return cls(network, tensors, prepare, Update(optimizer, settings, trained, *state), j)
+        return cls(network, tensors, prepare, Update(optimizer, settings, trained, *state), loss)
 
     def rehearsal(self) -> "AutogradStep":
         """The same on copies of all that it changes."""
@@ -109,10 +110,11 @@ class AutogradStep:
         with torch.autocast(images.device.type, enabled=False), torch.autograd.set_detect_anomaly(False):
             with torch.enable_grad():
                 outputs = self.network.compute(self.prepare(images), self.tensors)
+                j, label_smoothing = self.loss.settings()
                 if self.network.measures_distance:
-                    loss = functional.map_loss(outputs, labels, j=self.j)
+                    loss = functional.map_loss(outputs, labels, j=j)
                 else:
-                    loss = F.cross_entropy(outputs, labels)
+                    loss = F.cross_entropy(outputs, labels, label_smoothing=label_smoothing)
             with torch.no_grad():
                 skip.copy_(torch.maximum(skip, (~loss.isfinite()).to(skip.dtype)))
                 if self.update.parameters:

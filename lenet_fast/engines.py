@@ -37,6 +37,7 @@ class AutogradEngine:
     """Training steps by torch.autograd and torch.optim, of any nn.Module."""
 
     name = "autograd"
+    how = "torch.autograd and torch.optim"
 
     def __init__(self, model: nn.Module, input_spec: InputSpec, config: TrainConfig) -> None:
         self.model = model
@@ -99,10 +100,15 @@ class FusedEngine:
     name = "fused"
 
     def __init__(self, model: nn.Module, input_spec: InputSpec, config: TrainConfig) -> None:
-        """Raises NetworkError where the trainer cannot take the model."""
+        """Raises NetworkError where native code cannot take whole steps: `AutogradEngine` knows autocast, too."""
         options = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
-        self.trainer = FusedTrainer(model, config.optimizer, **options, input_spec=input_spec)
+        self.trainer = FusedTrainer(model, config.optimizer, **options, input_spec=input_spec, native_only=True)
         self.batch_size = config.batch_size
+
+    @property
+    def how(self) -> str:
+        """What takes the steps."""
+        return self.trainer.how()
 
     def run_epoch(
         self, images: Tensor, labels: Tensor, order: Tensor, learning_rates: Sequence[float], on_step: OnStep

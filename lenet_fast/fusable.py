@@ -1,23 +1,25 @@
-"""What the fused operator can take the place of: convolution, activation and pooling in a traced forward."""
+"""What a layer or a call is to a run of convolution, activation and pooling that the fused operator computes."""
 
-import contextlib
-import operator
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import functional, reference
 from .nn import ScaledTanh
 from .snapshot import HOOKS
 
 # Weights from which PyTorch's own convolution trains faster than the fused operator at batch 128: measured 1.3-1.5x
 # at 18,432 (32 -> 64 maps, 3x3), 2.2x at 25,000 (20 -> 50, 5x5), 0.8x at 51,200 (32 -> 64, 5x5), 0.6x at 73,728.
 _MAX_WEIGHTS = 32_768
+
+
+def _function_name(target: Any) -> str:
+    return target if isinstance(target, str) else getattr(target, "__name__", repr(target))
+
 
 # By layer type, function or method name.
 ACTIVATIONS: dict[Any, str] = {
@@ -40,6 +42,12 @@ POOLS: dict[Any, str] = {
     torch.max_pool2d: "max",
     F.avg_pool2d: "avg",
 }
+# Those that change their input and return it.
+IN_PLACE: frozenset[Any] = frozenset(kind for kind in ACTIVATIONS if _function_name(kind).endswith("_"))
+DROPOUTS: dict[Any, bool] = {  # whether they drop by default
+    **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, torch.feature_dropout), True),
+    **dict.fromkeys((F.alpha_dropout, F.feature_alpha_dropout, torch.alpha_dropout), False),
+}
 CONV_OPTIONS = {"stride": (1, 1), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}
 POOL_OPTIONS = {  # after the input, in the order of the functions' arguments
     "max": {"kernel_size": 2, "stride": 2, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False},
@@ -47,7 +55,8 @@ POOL_OPTIONS = {  # after the input, in the order of the functions' arguments
     | {"divisor_override": None},
 }
 NO_POOLING = "no 2x2 pooling follows"
-_NOT_OURS = "{}, which the kernels do not have, comes before any pooling"
+_NO_LAYER_OF_OURS = "{}, which the kernels do not have, comes before any pooling"
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _OBSERVED = "hooks (pruning and weight norm are some) or a forward of its own"
 
 
@@ -55,14 +64,18 @@ class LeftAlone(Exception):
     """Why something is not fused, as a phrase for the report."""
 
 
-class _Part(NamedTuple):
+class Foreign(LeftAlone):
+    """It is no part of any run."""
+
+
+class Part(NamedTuple):
     """One link of a run: kind "convolution" with its padding, "activation" or "pool" with its name."""
 
     kind: str
     value: str | int
 
 
-def read_layer(layer: nn.Module) -> _Part:
+def read_layer(layer: nn.Module) -> Part:
     """What `layer` is to a run.
 
     Raises:
@@ -70,17 +83,22 @@ def read_layer(layer: nn.Module) -> _Part:
     """
     kind = type(layer)
     if isinstance(layer, nn.Conv2d):
-        part = _Part("convolution", _padding(layer))
+        part = Part("convolution", _padding(layer))
     elif kind in ACTIVATIONS:
-        part = _Part("activation", ACTIVATIONS[kind])
+        part = Part("activation", ACTIVATIONS[kind])
     elif kind in POOLS:
         pool = POOLS[kind]
-        part = _Part("pool", _check_pool(pool, {name: getattr(layer, name) for name in POOL_OPTIONS[pool]}))
+        part = Part("pool", _check_pool(pool, {name: getattr(layer, name) for name in POOL_OPTIONS[pool]}))
     else:
-        raise LeftAlone(_NOT_OURS.format(kind.__name__))
+        raise foreign_layer(kind)
     if is_observed(layer):
         raise LeftAlone(f"{kind.__name__} has {_OBSERVED}")
     return part
+
+
+def foreign_layer(kind: type) -> Foreign:
+    """What is to be said of a layer that no run can contain."""
+    return Foreign(_NO_LAYER_OF_OURS.format(kind.__name__))
 
 
 def is_observed(layer: nn.Module) -> bool:
@@ -101,8 +119,7 @@ def _padding(conv: nn.Conv2d) -> int | str:
     height, width = conv.kernel_size
     if height != width:
         raise LeftAlone(f"kernel size {conv.kernel_size} is not square")
-    if not conv.weight.is_floating_point():
-        raise LeftAlone(f"its weight has dtype {conv.weight.dtype}")
+    _check_dtype(conv.weight)
     if isinstance(conv.padding, str):
         return conv.padding
     if conv.padding[0] != conv.padding[1]:
@@ -110,8 +127,14 @@ def _padding(conv: nn.Conv2d) -> int | str:
     return conv.padding[0]
 
 
-def _check_size(conv: nn.Conv2d) -> None:
-    if (weights := conv.weight.numel()) > _MAX_WEIGHTS:
+def _check_dtype(weight: Tensor) -> None:
+    if weight.dtype not in _DTYPES:
+        raise LeftAlone(f"its weight has dtype {weight.dtype}")
+
+
+def check_size(weight: Tensor) -> None:
+    """Raise LeftAlone for a weight of a convolution that PyTorch computes faster."""
+    if (weights := weight.numel()) > _MAX_WEIGHTS:
         raise LeftAlone(f"with {weights:,} weights PyTorch's own convolution is faster")
 
 
@@ -132,144 +155,90 @@ def _pair(value: Any) -> Any:
     return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def read_call(node: fx.Node) -> _Part:
-    """What a function or method call of a traced forward is to a run.
+def read_call(node: fx.Node) -> Part:
+    """What a function or method call of a graph is to a run.
 
     Raises:
-        LeftAlone: nothing, or not with these options.
+        Foreign: nothing.
+        LeftAlone: nothing with these options.
     """
+    if node.op not in ("call_function", "call_method"):
+        raise Foreign(f"{label(node)} comes before any pooling")
     if node.target is torch.conv2d:
-        return _Part("convolution", _called_padding(node))
+        return Part("convolution", _called_padding(node))
     if node.target in ACTIVATIONS:
-        return _Part("activation", ACTIVATIONS[node.target])
+        return Part("activation", ACTIVATIONS[node.target])
+    if node.target in DROPOUTS:
+        _check_dropout(node)
+        return Part("activation", "identity")
     if node.target not in POOLS:
-        raise LeftAlone(_NOT_OURS.format(label(node)))
+        raise Foreign(f"{call_text(node)} comes before any pooling")
     pool = POOLS[node.target]
-    options = {**dict(zip(("input", *POOL_OPTIONS[pool]), node.args, strict=False)), **node.kwargs}
-    return _Part("pool", _check_pool(pool, options))
+    return Part("pool", _check_pool(pool, _arguments(node, ("input", *POOL_OPTIONS[pool]))))
+
+
+def _check_dropout(node: fx.Node) -> None:
+    """Dropout is nothing outside of training, and with probability 0."""
+    given = _arguments(node, ("input", "p", "training"))
+    training = given.get("training", given.get("train", DROPOUTS[node.target]))
+    p = given.get("p", 0.5)
+    if training is not False and not (isinstance(p, int | float) and p == 0):
+        raise LeftAlone(f"{_function_name(node.target)} in training mode comes before its pooling")
 
 
 def _called_padding(node: fx.Node) -> int | str:
     """The padding of a call of `torch.conv2d` that can be fused; its tensors have their sizes in `example_value`."""
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    given = conv_arguments(node)
     for name in ("stride", "dilation", "groups"):
         value = given.get(name, 1)
         if _pair(value) != (1, 1):
             raise LeftAlone(f"{name} {value!r}")
-    weight = given["weight"].meta["example_value"]
+    weight = example(given["weight"])
     height, width = weight.shape[-2:]
     if height != width:
         raise LeftAlone(f"kernel size {(height, width)} is not square")
-    if not weight.is_floating_point():
-        raise LeftAlone(f"its weight has dtype {weight.dtype}")
+    _check_dtype(weight)
     padding = given.get("padding", 0)
     if isinstance(padding, str):
         return padding
-    if len(set(_pair(padding))) != 1:
+    both = _pair(padding)
+    if not isinstance(both, tuple) or not all(isinstance(value, int) for value in both):
+        raise LeftAlone("its padding changes from call to call")
+    if len(set(both)) != 1:
         raise LeftAlone(f"padding {padding} differs between the axes")
-    return _pair(padding)[0]
+    return both[0]
+
+
+def conv_arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a call of `torch.conv2d` by name."""
+    return _arguments(node, ("input", "weight", "bias", "stride", "padding", "dilation", "groups"))
+
+
+def example(node: fx.Node) -> Tensor:
+    """A tensor of the sizes and dtype of a node's.
+
+    Raises:
+        LeftAlone: they are not known, or the tensor is of a kind of its own.
+    """
+    value = node.meta.get("example_value")
+    if not isinstance(value, Tensor) or is_traceable_wrapper_subclass(value):
+        raise LeftAlone(f"nothing is known of {label(node)}")
+    return value
+
+
+def _arguments(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any]:
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
 def label(node: fx.Node) -> str:
-    """What a node of a traced forward is called in reports."""
+    """What a node of a graph is called in reports."""
+    return str(node.target) if node.op == "call_module" else f"{_function_name(node.target)}()"
+
+
+def call_text(node: fx.Node) -> str:
+    """A call as it was written, without the tensors: "view(-1, 256)"."""
     if node.op == "call_module":
         return str(node.target)
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", repr(node.target))
-    return f"{name}()"
-
-
-# --- runs in a traced forward ----------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Match:
-    """A run found in a graph: its nodes in order, its layers by name, the options of the fused operator."""
-
-    nodes: list[fx.Node]
-    layers: dict[str, _Part] = field(default_factory=dict)
-    activation: str = "identity"
-    pool: str = "none"
-
-    def labels(self) -> tuple[str, ...]:
-        return tuple(label(node) for node in self.nodes)
-
-    def follow(self, module: nn.Module) -> None:
-        """Take in the activations and the pooling behind the convolution.
-
-        Raises:
-            LeftAlone: they do not make a run; those taken in stay in `nodes`.
-        """
-        while self.pool == "none":
-            kind, value = self._take_next(module)
-            if kind == "pool":
-                self.pool = value
-            elif value != "identity":
-                if self.activation != "identity":
-                    raise LeftAlone("two activations come before the pooling")
-                self.activation = value
-        if self.pool == "max" and self.activation == "identity":
-            longer = _Match(list(self.nodes), dict(self.layers), pool=self.pool)
-            with contextlib.suppress(LeftAlone):
-                kind, value = longer._take_next(module)
-                if kind == "activation":
-                    self.nodes, self.layers, self.activation = longer.nodes, longer.layers, value
-
-    def _take_next(self, module: nn.Module) -> _Part:
-        node = _only_user(self.nodes[-1])
-        self.nodes.append(node)
-        if _is_product(node, reference.SCALED_TANH_SLOPE):
-            tanh = self._take_next(module)
-            scaled = _only_user(self.nodes[-1])
-            self.nodes.append(scaled)
-            if tanh == ("activation", "tanh") and _is_product(scaled, reference.SCALED_TANH_AMPLITUDE):
-                return _Part("activation", "scaled_tanh")
-        if node.op != "call_module":
-            return read_call(node)
-        layer = module.get_submodule(node.target)
-        if isinstance(layer, nn.Conv2d):
-            raise LeftAlone(NO_POOLING)
-        self.layers[node.target] = read_layer(layer)
-        return self.layers[node.target]
-
-    def replace(self, graph: fx.Graph) -> None:
-        """Put the fused operator in the place of the run."""
-        convolution, last = self.nodes[0], self.nodes[-1]
-        name = convolution.target
-        with graph.inserting_before(convolution):
-            parameters = [graph.create_node("get_attr", f"{name}.{own}") for own in ("weight", "bias")]
-            options = {"padding": self.layers[name].value, "activation": self.activation, "pool": self.pool}
-            arguments = (*convolution.all_input_nodes, *parameters)
-            fused = graph.call_function(functional.conv_act_pool, arguments, options)
-        last.replace_all_uses_with(fused)
-        for node in reversed(self.nodes):
-            graph.erase_node(node)
-
-
-def _only_user(node: fx.Node) -> fx.Node:
-    if len(node.users) != 1:
-        raise LeftAlone(f"the result of {label(node)} is used {len(node.users)} times")
-    (user,) = node.users
-    if user.op == "output":
-        raise LeftAlone(NO_POOLING)
-    return user
-
-
-def _is_product(node: fx.Node, factor: float) -> bool:
-    return node.op == "call_function" and node.target in (operator.mul, torch.mul) and factor in node.args
-
-
-def matches(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[_Match, str | None]]:
-    """Every call of a Conv2d in a traced forward, and why it cannot be fused."""
-    for node in list(graph.nodes):
-        if node.op != "call_module" or not isinstance(layer := module.get_submodule(node.target), nn.Conv2d):
-            continue
-        match = _Match([node])
-        try:
-            match.follow(module)
-            match.layers[node.target] = read_layer(layer)
-            _check_size(layer)
-        except LeftAlone as why:
-            yield match, str(why)
-        else:
-            yield match, None
+    values = [repr(value) for value in node.args if isinstance(value, int | float | str | torch.dtype)]
+    values += [f"{name}={value!r}" for name, value in node.kwargs.items() if isinstance(value, int | float | str)]
+    return f"{_function_name(node.target)}({', '.join(values)})"

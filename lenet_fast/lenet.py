@@ -26,7 +26,7 @@ class InputSpec:
     foreground: float
 
     def prepare(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """uint8 images (N, H, W) to the model's input (N, 1, size, size), on the same device.
+        """uint8 images (N, H, W) or (N, C, H, W) to the model's input (N, C, size, size), on the same device.
 
         Raises:
             TypeError: images that are not uint8.
@@ -34,18 +34,19 @@ class InputSpec:
         """
         if images.dtype != torch.uint8:
             raise TypeError(f"images: expected dtype torch.uint8, got {images.dtype}")
-        if images.dim() != 3:
-            raise ValueError(f"images: expected (N, H, W), got shape {tuple(images.shape)}")
-        margins = [self.size - side for side in images.shape[1:]]
+        if images.dim() not in (3, 4):
+            raise ValueError(f"images: expected (N, H, W) or (N, C, H, W), got shape {tuple(images.shape)}")
+        margins = [self.size - side for side in images.shape[-2:]]
         if any(margin < 0 or margin % 2 for margin in margins):
             raise ValueError(
                 f"images: height and width must be {self.size} or smaller by an even number, "
                 f"got shape {tuple(images.shape)}"
             )
+        images = images.unsqueeze(1) if images.dim() == 3 else images
         top, left = (margin // 2 for margin in margins)
         scale = (self.foreground - self.background) / 255
         pixels = images.to(dtype).mul_(scale).add_(self.background)
-        return F.pad(pixels, (left, left, top, top), value=self.background).unsqueeze(1)
+        return F.pad(pixels, (left, left, top, top), value=self.background)
 
 
 class LeNet(nn.Sequential):

@@ -15,7 +15,6 @@ from .memory import out_of_memory
 from .network import Network, NetworkError
 from .nn import FusedConv2d
 from .snapshot import FORWARD_HOOKS, Snapshot
-from .tracing import original_class
 
 __all__ = ["NativeForward"]
 
@@ -129,7 +128,7 @@ class _Reading(Snapshot):
         Raises:
             RuntimeError: the memory of one was freed, which not all layers would notice.
         """
-        for name, tensor in zip((*self._names, "codes of the RBF layer"), self.tensors, strict=False):
+        for name, tensor in zip(self._names, self.tensors, strict=True):
             check_memory(name, tensor)
         return [
             (tensor.dtype, tensor.device, tensor.shape, tensor.untyped_storage().nbytes()) for tensor in self.tensors
@@ -159,7 +158,7 @@ class _Reading(Snapshot):
         layers = [module for module in self.model.modules() if isinstance(module, FusedConv2d)]
         if (
             # What the forward of a derived class adds it adds to what it is given here.
-            original_class(self.model).forward is not LeNet.forward
+            type(self.model).forward is not LeNet.forward
             or any(layer.backend not in ("auto", "native") for layer in layers)
             or backends.missing_native()["cpu"]
         ):
@@ -171,5 +170,5 @@ class _Reading(Snapshot):
             self._is_ours = False
             return
         self.tensors = network.tensors()
-        self._names = [name for name, _ in network.named_parameters()]
+        self._names = [name for name, _ in network.named_tensors()]
         self._network = network

@@ -1,59 +1,85 @@
 """A whole LeNet as the native operators take it: what it is made of, its parameters, and its sizes for an image."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from . import functional, reference
-from .fusable import ACTIVATIONS, POOLS, LeftAlone, is_observed, label, read_call, read_layer
-from .nn import RBF, ConvActPool2d, ConvSubsample2d, FusedConv2d, SparseConvActPool2d
+from .fusable import LeftAlone
+from .links import Link, NetworkError, links_of_layers
 from .tables import Connections
-from .tracing import trace_forward
 
-__all__ = ["LINKS", "Network", "NetworkError"]
+__all__ = ["Network", "NetworkError", "SizeError"]
 
 _ACTIVATIONS = tuple(reference.ACTIVATIONS)  # in the order of csrc/activation.h
 _POOLS = ("avg", "max", "none", "subsample")  # in the order of csrc/geometry.h
 _MOST_LAYERS = 4  # convolutions, and dense layers: csrc/network.h
-_FUSED = (ConvActPool2d, SparseConvActPool2d, ConvSubsample2d)
 
 
-class NetworkError(ValueError):
-    """A model that the whole-network operators do not take, and which part of it is why."""
+class SizeError(NetworkError):
+    """Images that do not fit a layer, for any way of computing it."""
+
+
+@dataclass
+class _Drops:
+    """What dropout drops of the values at one place: of single values, and of whole maps, with which probability."""
+
+    values: float = 0.0
+    maps: float = 0.0
+
+    def add(self, p: float, maps: bool) -> None:
+        """Take in another dropout behind what there is: kept are the values that both keep."""
+        if maps:
+            self.maps += p * (1 - self.maps)
+        else:
+            self.values += p * (1 - self.values)
+
+    def __bool__(self) -> bool:
+        return self.values > 0 or self.maps > 0
 
 
 @dataclass
 class _Layer:
-    """A convolution with its activation and pooling, or a dense layer with its activation."""
+    """A convolution with its activation and pooling, or a dense layer with its activation.
+
+    Args:
+        tensors: a name and a tensor for each of its parameters, in the order of the operators.
+    """
 
     name: str
-    module: nn.Module
+    tensors: Mapping[str, tuple[str, Tensor]]
+    is_dense: bool
     activation: str = "identity"
     pool: str = "none"  # "subsample" for ConvSubsample2d
     padding: int | str = 0
+    connections: Connections | None = None
+    drops: "_Drops" = field(default_factory=lambda: _Drops())  # of its output, behind activation and pooling
 
     @property
-    def is_dense(self) -> bool:
-        return isinstance(self.module, nn.Linear)
-
-    @property
-    def connections(self) -> Connections | None:
-        return getattr(self.module, "connections", None)
+    def has_bias(self) -> bool:
+        return "bias" in self.tensors
 
     def sizes(self) -> tuple[int, int, int]:
         """Inputs and outputs (maps or features) of the weight, and its kernel size, 0 for a matrix.
 
-        What a layer computes depends on its weight alone: `out_channels`, `in_features` and the like are notes.
+        What a layer computes depends on its parameters alone: `out_channels`, `in_features` and the like are notes.
 
         Raises:
-            NetworkError: a weight of another shape.
+            NetworkError: parameters of other shapes.
         """
-        shape = tuple(self.module.weight.shape)
+        sizes = self._sizes_of_weight()
+        for role, (name, tensor) in self.tensors.items():
+            if role != "weight" and tuple(tensor.shape) != sizes[1:2]:
+                raise NetworkError(f"{name}: expected {sizes[1:2]}, got {tuple(tensor.shape)}")
+        return sizes
+
+    def _sizes_of_weight(self) -> tuple[int, int, int]:
+        name, weight = self.tensors["weight"]
+        shape = tuple(weight.shape)
         if self.is_dense:
             if len(shape) == 2:
                 return shape[1], shape[0], 0
@@ -67,20 +93,16 @@ class _Layer:
             if len(shape) == 3 and shape[0] == count and shape[1] == shape[2]:
                 return self.connections.in_channels, self.connections.out_channels, shape[1]
             expected = f"({count}, K, K)"
-        raise NetworkError(f"{self.name}.weight: expected {expected}, got {shape}")
-
-    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for name in ("weight", "bias", "coefficient", "pool_bias"):
-            parameter = getattr(self.module, name, None)
-            if parameter is not None:
-                yield f"{self.name}.{name}", parameter
+        raise NetworkError(f"{name}: expected {expected}, got {shape}")
 
     def compute(self, input: Tensor, parameters: Iterator[Tensor]) -> Tensor:
         """The layer's output by the package's operators; takes its parameters, of which there may be more."""
         weight = next(parameters)
-        bias = None if self.module.bias is None else next(parameters)
+        bias = next(parameters) if self.has_bias else None
         if self.is_dense:
             return reference.ACTIVATIONS[self.activation](F.linear(input.flatten(1), weight, bias))
+        if input.dim() == 2:  # features, each a map of one value
+            input = input[..., None, None]
         options = {"padding": self.padding, "activation": self.activation}
         if self.pool == "subsample":
             subsampling = next(parameters), next(parameters)
@@ -91,12 +113,20 @@ class _Layer:
         return functional.sparse_conv_act_pool(input, weight, bias, table=self.connections, **options)
 
     def follow(self, kind: str, value: str) -> None:
-        """Take in an activation or a pooling behind the layer."""
+        """Take in an activation or a pooling behind the layer and the dropout of its output.
+
+        The dropout moves behind them where that is the same: zeros and products stay what they are in a ReLU, and those
+        of a whole map in a pooling.
+        """
         if kind == "pool":
+            if self.drops.values:
+                raise LeftAlone("a pooling cannot follow a dropout of single values")
             if self.pool != "none" or self.is_dense:
                 raise LeftAlone(f"a pooling cannot follow {self.name}" + " and its pooling" * (self.pool != "none"))
             self.pool = value
         elif value != "identity":
+            if self.drops and value != "relu":
+                raise LeftAlone(f"{value} cannot follow a dropout")
             if self.activation != "identity":
                 raise LeftAlone(f"{self.name} has an activation already, {self.activation}")
             if self.pool not in ("none", "max"):  # every activation is nondecreasing: it may follow the maximum
@@ -106,113 +136,133 @@ class _Layer:
 
 @dataclass
 class Network:
-    """A LeNet found in a module: convolutions, dense layers, and perhaps an RBF layer, one after the other."""
+    """A LeNet found in a module: convolutions, dense layers, and perhaps an RBF layer, one after the other.
+
+    Args:
+        image: (C, H, W) that the network's own forward gives every image first; None: it takes them as they are.
+        ends_in_log_softmax: behind the last layer, where the cross-entropy of its scores is the same with and without.
+    """
 
     layers: list[_Layer] = field(default_factory=list)
-    rbf: RBF | None = None
+    codes: tuple[str, Tensor] | None = None
+    image: tuple[int, int, int] | None = None
+    ends_in_log_softmax: bool = False
+    _image_drops: _Drops = field(default_factory=_Drops)
     _flattened: bool = False
 
     @classmethod
     def of(cls, model: nn.Module) -> "Network":
-        """Read `model`: convolution blocks (plain or fused layers), flatten, dense layers, perhaps an `RBF`.
+        """The network of a model whose forward calls one layer after the other, as nn.Sequential's.
 
         Raises:
             NetworkError: it is something else; names the part.
-            TypeError: `model` is no nn.Module.
         """
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-        try:
-            if is_observed(model):
-                raise LeftAlone("the model has hooks or a forward of its own")
-            trace = trace_forward(model, training=True)
-        except LeftAlone as why:
-            raise NetworkError(f"{type(model).__name__}: {why}") from None
+        links = links_of_layers(model)
+        if links is None:
+            raise NetworkError(f"{type(model).__name__}: a forward that has to be read with a batch")
+        return cls.of_links(links)
+
+    @classmethod
+    def of_links(cls, links: Iterable[Link]) -> "Network":
+        """The network of these parts: convolution blocks, flatten, dense layers, perhaps distances.
+
+        Raises:
+            NetworkError: they are something else; names the part.
+        """
         network = cls()
-        node = None
-        try:
-            for node in _chain(model, trace.graph):
-                network.take(model, node)
-        except LeftAlone as why:
-            raise NetworkError(f"{label(node)}: {why}") from None
+        for link in links:
+            try:
+                network.take(link)
+            except LeftAlone as why:  # noqa: PERF203
+                raise NetworkError(f"{link.label}: {why}") from None
         network._check()
         return network
 
-    def take(self, model: nn.Module, node: fx.Node) -> None:
-        """Take in the next link of the chain, one of `LINKS`: a call of a layer of `model`, of a function or a method.
+    def take(self, link: Link) -> None:
+        """Take in the next part.
 
         Raises:
-            LeftAlone: it is something else, or cannot follow what was taken in before.
+            LeftAlone: it cannot follow what was taken in before.
         """
-        layer = model.get_submodule(node.target) if node.op == "call_module" else None
-        if self.rbf is not None:
+        if self.codes is not None:
             raise LeftAlone("nothing can follow the RBF layer")
-        if layer is not None and is_observed(layer):
-            raise LeftAlone("it has hooks (pruning and weight norm are some) or a forward of its own")
-        if not self.layers and not isinstance(layer, (nn.Conv2d, *_FUSED)):
+        if self.ends_in_log_softmax:
+            raise LeftAlone("nothing can follow log_softmax")
+        if not self.layers and link.kind not in ("convolution", "images", "dropout"):
             raise LeftAlone("a convolution has to come first")
-        kind = node.target if layer is None else type(layer)
-        _TAKE.get(kind, Network._take_part)(self, node, layer)
+        _TAKE[link.kind](self, link, **link.options)
 
-    def _take_fused(self, node: fx.Node, layer: FusedConv2d) -> None:
-        subsamples = isinstance(layer, ConvSubsample2d)
-        pool, pools = ("subsample", ("subsample",)) if subsamples else (layer.pool, tuple(reference.POOLS))
-        for option, value, choices in (("activation", layer.activation, _ACTIVATIONS), ("pool", pool, pools)):
-            if value not in choices:
-                raise LeftAlone(f"its {option} is {value!r}")
-        padding = layer.padding
-        if padding not in ("valid", "same") and not (type(padding) is int and padding >= 0):
-            raise LeftAlone(f"its padding is {padding!r}")
-        self._take_convolution(_Layer(node.target, layer, layer.activation, pool, padding))
+    def _take_images(self, link: Link, shape: tuple[int, int, int]) -> None:
+        if self._image_drops:
+            raise LeftAlone("images get their shape behind a dropout")
+        self.image = shape
 
-    def _take_linear(self, node: fx.Node, layer: nn.Linear) -> None:
+    def _take_convolution(self, link: Link, **options: Any) -> None:
+        if self._flattened:
+            raise LeftAlone("a convolution cannot follow the flattening")
+        self.layers.append(_Layer(link.label, link.tensors, is_dense=False, **options))
+
+    def _take_linear(self, link: Link) -> None:
         if not self._flattened:
             raise LeftAlone("a dense layer needs a flattening between it and the convolutions")
-        self.layers.append(_Layer(node.target, layer))
+        self.layers.append(_Layer(link.label, link.tensors, is_dense=True))
 
-    def _take_rbf(self, node: fx.Node, layer: RBF) -> None:
+    def _take_distances(self, link: Link) -> None:
         if not self._flattened:
             raise LeftAlone("an RBF layer needs a dense layer before it")
-        self.rbf = layer
+        self.codes = link.tensors["codes"]
 
-    def _take_flatten(self, node: fx.Node, layer: nn.Flatten | None) -> None:
-        start, end = _flatten_range(node, layer)
+    def _take_flatten(self, link: Link, start: int = 1, end: int = -1) -> None:
         last = 1 if self._flattened else 3
         if start not in (1, -last) or end not in (-1, last):
             raise LeftAlone(f"flattens dimensions {start} to {end}, not 1 to -1")
         self._flattened = True
 
-    def _take_part(self, node: fx.Node, layer: nn.Module | None) -> None:
-        """A plain convolution, an activation or a pooling."""
-        kind, value = read_call(node) if layer is None else read_layer(layer)
-        last = self.layers[-1] if self.layers else None
-        if kind == "convolution":
-            self._take_convolution(_Layer(node.target, layer, padding=value))
-        elif last.pool == "subsample":
-            raise LeftAlone(f"nothing can follow the subsampling of {last.name}")
-        elif kind == "pool" and self._flattened:
-            raise LeftAlone("a pooling cannot follow the flattening")
-        else:
-            last.follow(kind, value)
+    def _take_maps(self, link: Link) -> None:
+        self._flattened = False
 
-    def _take_convolution(self, layer: _Layer) -> None:
+    def _take_pool(self, link: Link, name: str) -> None:
         if self._flattened:
-            raise LeftAlone("a convolution cannot follow the flattening")
-        self.layers.append(layer)
+            raise LeftAlone("a pooling cannot follow the flattening")
+        self._last_of_parts().follow("pool", name)
+
+    def _take_activation(self, link: Link, name: str) -> None:
+        self._last_of_parts().follow("activation", name)
+
+    def _take_dropout(self, link: Link, p: float, maps: bool) -> None:
+        if maps and self._flattened and p:
+            raise LeftAlone("a dropout of maps cannot follow the flattening")
+        (self.layers[-1].drops if self.layers else self._image_drops).add(p, maps)
+
+    def _take_log_softmax(self, link: Link, dim: int | None) -> None:
+        if not self._flattened:
+            raise LeftAlone("log_softmax needs a flattening before it")
+        if dim not in (1, -1, None):
+            raise LeftAlone(f"of dimension {dim}, not 1")
+        self.ends_in_log_softmax = True
+
+    def _last_of_parts(self) -> _Layer:
+        """What an activation or a pooling belongs to."""
+        last = self.layers[-1]
+        if last.pool == "subsample":
+            raise LeftAlone(f"nothing can follow the subsampling of {last.name}")
+        return last
 
     def _check(self) -> None:
         if not self.layers or self.layers[0].is_dense:
             raise NetworkError("a convolution has to come first")
         if not self._flattened:
             raise NetworkError("its end: expected a flattening and dense layers behind the convolutions")
-        owners: dict[nn.Parameter, str] = {}
+        owners: dict[Tensor, str] = {}
         for name, parameter in self.named_parameters():
             if parameter in owners:
                 raise NetworkError(f"{name}: the same parameter as {owners[parameter]}")
             owners[parameter] = name
+        if self.codes is not None and self.codes[1].requires_grad:
+            raise NetworkError(f"{self.codes[0]}: codes that are trained")
 
     def compute(self, input: Tensor, tensors: Iterable[Tensor]) -> Tensor:
-        """What the model computes, (N, C, H, W) to scores or distances (N, classes), by the package's operators.
+        """Scores or distances (N, classes) of images (N, C, H, W), by the package's operators, without dropout.
 
         Args:
             tensors: in the place of what `tensors()` returns.
@@ -221,21 +271,28 @@ class Network:
         for layer in self.layers:
             input = layer.compute(input, remaining)
         features = input.flatten(1)
-        return features if self.rbf is None else functional.rbf(features, next(remaining))
+        return features if self.codes is None else functional.rbf(features, next(remaining))
+
+    def dropout(self) -> list[float]:
+        """The probabilities of dropping, as the native steps take them; empty: nothing is dropped."""
+        places = [self._image_drops, *(layer.drops for layer in self.layers)]
+        return [p for drops in places for p in (drops.values, drops.maps)] if any(places) else []
 
     @property
     def measures_distance(self) -> bool:
-        return self.rbf is not None
+        return self.codes is not None
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The trained parameters in the order of the operators."""
         for layer in self.layers:
-            yield from layer.parameters()
+            yield from layer.tensors.values()
+
+    def named_tensors(self) -> list[tuple[str, Tensor]]:
+        """All tensors that the operators take: the parameters, and the codes of the RBF layer."""
+        return [*self.named_parameters(), *([] if self.codes is None else [self.codes])]
 
     def tensors(self) -> list[Tensor]:
-        """All tensors that the operators take: the parameters, and the codes of the RBF layer."""
-        codes = [] if self.rbf is None else [self.rbf.codes]
-        return [parameter for _, parameter in self.named_parameters()] + codes
+        return [tensor for _, tensor in self.named_tensors()]
 
     def numbers(self, image: tuple[int, int, int]) -> list[int]:
         """The network as int[] for images (C, H, W); see csrc/network_operands.h.
@@ -251,7 +308,7 @@ class Network:
             if layer.is_dense:
                 features = channels * height * width
                 if inputs != features:
-                    raise NetworkError(
+                    raise SizeError(
                         f"{layer.name}: expected {inputs} features, "
                         f"{features} arrive there from images of shape {image}"
                     )
@@ -259,29 +316,30 @@ class Network:
                 channels, height, width = outputs, 1, 1
                 continue
             if channels != inputs:
-                raise NetworkError(f"{layer.name}: expected {inputs} channels, {channels} arrive there")
+                raise SizeError(f"{layer.name}: expected {inputs} channels, {channels} arrive there")
             padding = _padding(layer, kernel)
             sizes = [size + 2 * padding - kernel + 1 for size in (height, width)]
             least = 1 if layer.pool == "none" else 2
             if min(sizes) < least:
-                raise NetworkError(f"{layer.name}: nothing is left of images of shape {image} there")
+                raise SizeError(f"{layer.name}: nothing is left of images of shape {image} there")
             behind = self.layers[index + 1 :]
             if sizes == [1, 1] and padding == 0 and layer.connections is None and all(b.is_dense for b in behind):
                 denses.append(_dense_numbers(layer, outputs, kernel))  # a window over the whole input
                 channels, height, width = outputs, 1, 1
                 continue
+            if denses:
+                raise NetworkError(f"{layer.name}: a convolution cannot follow a dense layer")
             indices = [] if layer.connections is None else list(layer.connections.indices)
             count = -1 if layer.connections is None else len(indices)
-            has_bias = int(layer.module.bias is not None)
-            options = [_ACTIVATIONS.index(layer.activation), _POOLS.index(layer.pool), has_bias, count]
+            options = [_ACTIVATIONS.index(layer.activation), _POOLS.index(layer.pool), int(layer.has_bias), count]
             convs.append([outputs, kernel, padding, *options, *indices])
             channels = outputs
             height, width = sizes if layer.pool == "none" else [size // 2 for size in sizes]
         classes = channels
-        if self.rbf is not None:
-            codes = tuple(self.rbf.codes.shape)
+        if self.codes is not None:
+            name, codes = self.codes[0], tuple(self.codes[1].shape)
             if len(codes) != 2 or codes[1] != channels:
-                raise NetworkError(f"RBF: codes of shape {codes}, {channels} features arrive there")
+                raise SizeError(f"{name}: expected (classes, {channels}) as features arrive there, got {codes}")
             classes = codes[0]
         for kind, found in (("convolutions", convs), ("dense layers", denses)):
             if not 1 <= len(found) <= _MOST_LAYERS:
@@ -290,41 +348,18 @@ class Network:
         return [*head, *itertools.chain(*convs, *denses)]
 
 
-_TAKE: dict[Any, Callable[[Network, fx.Node, Any], None]] = {
-    **dict.fromkeys(_FUSED, Network._take_fused),
-    nn.Linear: Network._take_linear,
-    RBF: Network._take_rbf,
-    nn.Flatten: Network._take_flatten,
-    torch.flatten: Network._take_flatten,
+_TAKE: dict[str, Callable[..., None]] = {
+    "images": Network._take_images,
+    "convolution": Network._take_convolution,
+    "linear": Network._take_linear,
+    "distances": Network._take_distances,
     "flatten": Network._take_flatten,
+    "maps": Network._take_maps,
+    "pool": Network._take_pool,
+    "activation": Network._take_activation,
+    "dropout": Network._take_dropout,
+    "log_softmax": Network._take_log_softmax,
 }
-# All that a chain may consist of: types of layers, functions, names of methods.
-LINKS: tuple[Any, ...] = (nn.Conv2d, *_TAKE, *ACTIVATIONS, *POOLS)
-
-
-def _chain(model: nn.Module, graph: fx.Graph) -> Iterator[fx.Node]:
-    """The calls of a forward that is one chain from its input to its output."""
-    nodes = list(graph.nodes)
-    inputs = [node for node in nodes if node.op == "placeholder"]
-    if len(inputs) != 1:
-        raise NetworkError(f"{type(model).__name__}: expected a forward of one input, got {len(inputs)}")
-    previous = inputs[0]
-    for node in nodes:
-        if node.op == "placeholder":
-            continue
-        if node.op == "get_attr" or list(node.all_input_nodes) != [previous] or len(previous.users) != 1:
-            raise NetworkError(f"{label(node)}: not a step of a plain sequence of layers")
-        if node.op == "output":
-            return
-        yield node
-        previous = node
-
-
-def _flatten_range(node: fx.Node, layer: nn.Module | None) -> tuple[int, int]:
-    if layer is not None:
-        return layer.start_dim, layer.end_dim
-    given = dict(zip(("input", "start_dim", "end_dim"), node.args, strict=False)) | dict(node.kwargs)
-    return given.get("start_dim", 0), given.get("end_dim", -1)
 
 
 def _padding(layer: _Layer, kernel: int) -> int:
@@ -336,4 +371,4 @@ def _padding(layer: _Layer, kernel: int) -> int:
 
 
 def _dense_numbers(layer: _Layer, outputs: int, kernel: int) -> list[int]:
-    return [outputs, _ACTIVATIONS.index(layer.activation), int(layer.module.bias is not None), kernel]
+    return [outputs, _ACTIVATIONS.index(layer.activation), int(layer.has_bias), kernel]

@@ -31,7 +31,7 @@ def print_summary(run: Run) -> None:
     print(f"train   {epochs}, batches of {config.batch_size}, {config.optimizer}, {rate}, seed {config.seed}")
     threads = f", {torch.get_num_threads()} threads" if config.device == "cpu" else ""
     why = f" ({run.why_not_fused})" if run.why_not_fused else ""
-    print(f"on      {config.device}{threads}, {config.dtype}, {run.engine.name} engine{why}")
+    print(f"on      {config.device}{threads}, {config.dtype}, {run.engine.name} engine: {run.engine.how}{why}")
     print(f"folder  {printable(run.folder)}")
     if finished == config.epochs:
         print(f"all {finished} epochs are finished; --epochs N with a larger N goes on")

@@ -6,6 +6,7 @@ A step on one image takes tens of microseconds in native code, and so does walki
 import itertools
 import operator
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,39 +14,36 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import backends
-from .eager import check_memory, is_replaced
+from .eager import check_memory
 from .network import Network, NetworkError
-from .snapshot import Record, Snapshot, items_of
+from .reader import Reader
+from .snapshot import Record, items_of
 
-__all__ = ["TrainingOperands"]
+__all__ = ["TrainingOperands", "device_queues"]
 
 _QUEUES = {"cuda"}  # device types
 _REFUSED = "cannot be trained by the CUDA kernels"  # csrc/bind_training_cuda.cpp
 
 
+def device_queues(device: torch.device) -> bool:
+    """Whether native steps on it are only queued, in one launch, when a call returns, if it does not refuse them."""
+    return device.type in _QUEUES
+
+
 class TrainingOperands:
-    """The network in `model`, its parameters, and their state in an optimizer.
-
-    Args:
-        model: read here, and again by `refresh` when it has changed.
-
-    Raises:
-        NetworkError: a model or parameters that the native steps do not take; names the part.
-        RuntimeError: hooks on all modules, or a surrounding that cannot follow native steps.
-    """
+    """The network in a model, its parameters, and their state in an optimizer, as they were when last looked at."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.reader = Reader(model)
+        self.network: Network | None = None
         self.version = 0  # of all tensors and of the network
         self._said: set[str] = set()
-        _refuse_surroundings()
-        self._read()
 
     def __reduce__(self) -> tuple:
-        return TrainingOperands, (self.model,)  # a copy looks at the dictionaries of its own model
+        return TrainingOperands, (self.reader.model,)  # a copy looks at the dictionaries of its own model
 
     @property
-    def parameter(self) -> nn.Parameter:
+    def parameter(self) -> Tensor:
         """One for all: they agree in dtype and device."""
         return self.parameters[0]
 
@@ -55,30 +53,28 @@ class TrainingOperands:
             self._numbers[image] = self.network.numbers(image)
         return self._numbers[image]
 
-    @property
-    def device_queues(self) -> bool:
-        """Whether native steps are only queued when a call returns, in one launch, if it does not refuse them."""
-        return self.parameter.device.type in _QUEUES
-
     def refusal(self, image: tuple[int, int, int]) -> str | None:
-        """Why there are no native steps on images (C, H, W); None: there are. A reason is said once, as a warning.
+        """Why there are no native steps on images (C, H, W), but CUDA graphs; None: there are.
 
         Raises:
             NetworkError: as `numbers`.
         """
-        if not self.device_queues:
+        if not device_queues(self.parameter.device):
             return None
         if image not in self._refusals:
-            reason = self._refusals[image] = self._try_on_nothing(image)
-            if reason is not None and reason not in self._said:
-                self._said.add(reason)
-                warnings.warn(
-                    f"lenet_fast: no training in one launch: {reason}. The steps are CUDA graphs of the operators, "
-                    "autograd and torch.optim.",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+            self._refusals[image] = self._try_on_nothing(image)
         return self._refusals[image]
+
+    def warn_of(self, refusal: str | None) -> None:
+        """Say once that the steps are CUDA graphs, and why."""
+        if refusal is not None and refusal not in self._said:
+            self._said.add(refusal)
+            warnings.warn(
+                f"lenet_fast: no training in one launch: {refusal}. The steps are CUDA graphs of the operators, "
+                "autograd and torch.optim.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _try_on_nothing(self, image: tuple[int, int, int]) -> str | None:
         """What the native steps say of the network when they are given no images."""
@@ -98,8 +94,31 @@ class TrainingOperands:
             return reason
         return None
 
+    def look(self, shapes: Iterable[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> None:
+        """Bring the network and its parameters up to date with the model.
+
+        Args:
+            shapes, dtype, device: of the batches that come.
+
+        Raises:
+            NetworkError: a model or parameters that the native steps do not take; names the part.
+        """
+        if _has_any_global_hook():
+            raise NetworkError("hooks on all modules are set, which native steps would not call")
+        network = self.reader.network(shapes, dtype, device)
+        if network is not self.network:
+            self.network = None
+            self.names, self.parameters = zip(*network.named_parameters(), strict=True)
+            self.tensor_names, self.tensors = zip(*network.named_tensors(), strict=True)
+            self.tensors = list(self.tensors)
+            self.dropout = network.dropout()
+            self._check_parameters()
+            self.network = network
+        elif self._marks_now() != self._marks:
+            self._check_parameters()
+
     def refresh(self, optimizer: torch.optim.Optimizer, moments: tuple[str, ...], *, counts_steps: bool) -> None:
-        """Bring everything up to date with the model and the optimizer, and make the state that is missing.
+        """Bring the optimizer's state up to date, and make what is missing.
 
         Args:
             optimizer: of one group of parameters.
@@ -107,14 +126,9 @@ class TrainingOperands:
             counts_steps: whether it has a number of steps of each.
 
         Raises:
-            NetworkError: as when made; a parameter that the optimizer does not have.
-            RuntimeError: as when made.
+            NetworkError: a parameter that the optimizer does not have.
+            ValueError: state that is not that of the parameters.
         """
-        _refuse_surroundings()
-        if not self._snapshot.holds():
-            self._read()
-        elif self._marks_now() != self._marks:
-            self._check_parameters()
         owned = optimizer.param_groups[0]["params"]
         if (
             self._state is not optimizer.state
@@ -124,13 +138,6 @@ class TrainingOperands:
             or not self._state_record.holds()
         ):
             self._look_up_state(optimizer, moments, counts_steps)
-
-    def _read(self) -> None:
-        self.network = Network.of(self.model)
-        self._snapshot = Snapshot(self.model)
-        self.names, self.parameters = zip(*self.network.named_parameters(), strict=True)
-        self.tensors = self.network.tensors()
-        self._check_parameters()
 
     # --- parameters --------------------------------------------------------------------------------------------------
 
@@ -156,7 +163,7 @@ class TrainingOperands:
         self._refusals: dict[tuple[int, int, int], str | None] = {}
         ranges = []
         first = self.parameter
-        for name, tensor in zip((*self.names, "codes of the RBF layer"), self.tensors, strict=False):
+        for name, tensor in zip(self.tensor_names, self.tensors, strict=True):
             if torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python):
                 raise NetworkError(f"{name}: a {type(tensor).__name__}, whose operators are not PyTorch's own")
             if tensor.dtype not in (torch.float32, torch.float64) or tensor.dtype != first.dtype:
@@ -215,13 +222,3 @@ class TrainingOperands:
         self.version += 1
         self._state, self._moments, self._owned = optimizer.state, moments, owned
         self._state_record = Record((), tuple(items))
-
-
-def _refuse_surroundings() -> None:
-    if _has_any_global_hook():
-        raise RuntimeError("hooks on all modules are set: the fused trainer would not call them")
-    if is_replaced():
-        raise RuntimeError(
-            "fake tensors, make_fx, torch.jit.trace and torch.func cannot follow the fused trainer, which changes its "
-            "model in native code: train with autograd there"
-        )

@@ -1,42 +1,105 @@
-"""Networks of any shape that FusedTrainer takes, for tests that look for what nobody thought of.
+"""Networks of any shape that FusedTrainer takes natively, for tests that look for what nobody thought of.
 
-A network grows link by link. A link may be of any kind that the reader of lenet_fast/network.py knows, with any option
-of that kind, at any place. It stays where it fits the images and the reader takes it, so that what the reader comes to
-take is drawn, too.
+A network grows link by link. A link may be of any kind that native steps have, a layer or a call, with any option of
+that kind, at any place. It stays where it fits the images and the reader takes it, so that what the reader comes to
+take is drawn, too. Few networks have calls: to read their forward takes some tenths of a second.
 """
 
 import inspect
+import operator
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from lenet_fast import reference
+from lenet_fast import functional, reference
+from lenet_fast.captured import CALLS, SAME_VALUES, links_of_calls
 from lenet_fast.fusable import ACTIVATIONS, CONV_OPTIONS, POOLS, LeftAlone
-from lenet_fast.network import LINKS, Network, NetworkError
-from lenet_fast.nn import RBF, FusedConv2d, SparseConvActPool2d
+from lenet_fast.links import LAYERS, Link
+from lenet_fast.network import Network, NetworkError
+from lenet_fast.nn import RBF, ConvActPool2d, ConvSubsample2d, FusedConv2d, SparseConvActPool2d
 
-_CONVOLUTIONS = [kind for kind in LINKS if inspect.isclass(kind) and issubclass(kind, nn.Conv2d | FusedConv2d)]
-_FLATTENINGS = [kind for kind in LINKS if kind in (nn.Flatten, torch.flatten, "flatten")]
+OPS = torch.ops.lenet_fast
+_FUSED = {  # by operator, as a forward has it: what a user calls, and which layer has its parameters
+    OPS.conv_act_pool.default: (functional.conv_act_pool, ConvActPool2d),
+    OPS.sparse_conv_act_pool.default: (functional.sparse_conv_act_pool, SparseConvActPool2d),
+    OPS.conv_subsample.default: (functional.conv_subsample, ConvSubsample2d),
+}
+_PARAMETERS = {torch.conv2d: nn.Conv2d, torch._C._nn.linear: nn.Linear} | {op: kind for op, (_, kind) in _FUSED.items()}
+LINKS = (*LAYERS, *CALLS, *SAME_VALUES - {"float"})  # everything is float64
+_CONVOLUTIONS = [kind for kind in LAYERS if issubclass(kind, nn.Conv2d | FusedConv2d)]
 _NOT_DRAWN = {"device", "dtype", *CONV_OPTIONS}  # arguments that the reader leaves no choice of
-_MOST_VALUES = 3000  # between two layers
+_MOST_VALUES = 3000  # of an image, between two layers
+_IMAGES = 3
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a function or method, with the parameters of a layer of the chain or without."""
+
+    kind: Any
+    layer: str | None
+    options: tuple[Any, ...] = ()
+    named: tuple[tuple[str, Any], ...] = ()
+
+    def parameters(self, chain: nn.Module) -> list[Tensor | None]:
+        if self.layer is None:
+            return []
+        roles = ("weight", "bias", "coefficient", "pool_bias")
+        layer = getattr(chain, self.layer)
+        return [getattr(layer, role) for role in roles if hasattr(layer, role)]
+
+    def __call__(self, chain: nn.Module, x: Tensor) -> Tensor:
+        if isinstance(self.kind, str):
+            return getattr(x, self.kind)(*self.options, **dict(self.named))
+        if self.kind in _FUSED:
+            layer = getattr(chain, self.layer)
+            named = {"padding": layer.padding, "activation": layer.activation}
+            if layer.connections is not None:
+                named["table"] = layer.connections
+            if self.kind is not OPS.conv_subsample.default:
+                named["pool"] = layer.pool
+            return _FUSED[self.kind][0](x, *self.parameters(chain), **named)
+        return self.kind(x, *self.parameters(chain), *self.options, **dict(self.named))
+
+    def node(self, graph: fx.Graph, before: fx.Node, chain: nn.Module) -> fx.Node:
+        """As Dynamo captures it."""
+        parameters = []
+        for parameter in self.parameters(chain):
+            parameters.append(None if parameter is None else graph.placeholder("parameter"))
+            if parameter is not None:
+                parameters[-1].meta["example_value"] = parameter
+        options = self.options
+        if self.kind in _FUSED:
+            layer = getattr(chain, self.layer)
+            padding = {"valid": 0, "same": layer.kernel_size // 2}.get(layer.padding, layer.padding)
+            indices = None if layer.connections is None else layer.connections.indices
+            options = {
+                OPS.conv_act_pool.default: lambda: (padding, layer.activation, layer.pool),
+                OPS.sparse_conv_act_pool.default: lambda: (
+                    *(indices, layer.out_channels, padding, layer.activation, layer.pool),
+                ),
+                OPS.conv_subsample.default: lambda: (indices, padding, layer.activation),
+            }[self.kind]()
+        create = graph.call_method if isinstance(self.kind, str) else graph.call_function
+        return create(self.kind, (before, *parameters, *options), dict(self.named))
 
 
 class Chain(nn.Module):
     """One link after the other.
 
     Args:
-        links: names of layers, which are children, and functions of a tensor.
+        links: names of layers, which are children, and calls.
     """
 
-    links: tuple[str | Callable[[Tensor], Tensor], ...] = ()
+    links: tuple[str | Call, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
         for link in self.links:
-            x = getattr(self, link)(x) if isinstance(link, str) else link(x)
+            x = getattr(self, link)(x) if isinstance(link, str) else link(self, x)
         return x
 
 
@@ -45,44 +108,53 @@ class Drawn:
     """A network of float64, some of whose parameters may be frozen.
 
     Args:
-        image: (C, H, W).
+        shape: of an image as it is given to the network.
+        image: (C, H, W) as its first layer gets it.
         classes: how many scores or distances it has.
         kinds: of its links, as `LINKS` has them.
         reading: what the reader found in it.
     """
 
-    network: Chain
+    network: nn.Module
+    shape: tuple[int, ...]
     image: tuple[int, int, int]
     classes: int
     kinds: list[Any]
     reading: Network
 
 
-def random_network(seed: int) -> Drawn:
+def random_network(seed: int, calls: bool = False) -> Drawn:
     draw = random.Random(seed)
     torch.manual_seed(seed)
     while True:
         height = draw.randint(4, 20)
-        image = draw.randint(1, 3), height, height if draw.random() < 0.8 else draw.randint(4, 20)
-        growth = _Growth(draw, torch.zeros(1, *image))
+        image = draw.choice((1, 1, 2, 3)), height, height if draw.random() < 0.8 else draw.randint(4, 20)
+        preferred = [LINKS[(8 * (seed // 10) + i) % len(LINKS)] for i in range(8)]
+        growth = _Growth(draw, torch.zeros(_IMAGES, *image, dtype=torch.float64), calls, preferred)
         growth.grow_all()
         try:
             growth.reading.numbers(image)
         except NetworkError:
             continue
-        if (classes := growth.output.shape[1]) > 1:
+        if growth.output.dim() == 2 and (classes := growth.output.shape[1]) > 1:
             break
-    network = growth.network.double()
+    network: nn.Module = growth.network
+    if not calls:
+        network = nn.Sequential()
+        for name in growth.network.links:
+            network.add_module(name, getattr(growth.network, name))
     for parameter in network.parameters():
         parameter.requires_grad_(draw.random() < 0.8)
     draw.choice(list(network.parameters())).requires_grad_(True)  # one at least
-    return Drawn(network, image, classes, growth.kinds, growth.reading)
+    return Drawn(network, growth.shape, image, classes, growth.kinds, growth.reading)
 
 
 @dataclass
 class _Growth:
     draw: random.Random
-    output: Tensor  # of an image, by the links so far
+    output: Tensor  # of images, by the links so far
+    calls: bool
+    preferred: Sequence[Any]  # links that are tried at many places
     network: Chain = field(default_factory=Chain)
     reading: Network = field(default_factory=Network)
     kinds: list[Any] = field(default_factory=list)
@@ -90,66 +162,108 @@ class _Growth:
 
     def grow_all(self) -> None:
         draw = self.draw
+        self.shape = tuple(self.output.shape[1:])
+        if self.calls and draw.random() < 0.8:  # images of another shape than the first layer takes
+            self.grow_images()
         for _ in range(draw.choices((1, 2, 3, 4), (4, 5, 3, 1))[0]):
-            self.grow(draw.choice(_CONVOLUTIONS))
+            self.grow(self.one_of(nn.Conv2d, *_CONVOLUTIONS))
             self.grow_anything()
         if draw.random() < 0.8:
             self.takes_windows = True
-            self.grow(draw.choice((nn.Conv2d, *_CONVOLUTIONS)))
+            self.grow(self.one_of(nn.Conv2d, *_CONVOLUTIONS))
             self.takes_windows = False
             self.grow_anything()
-        self.grow(draw.choice(_FLATTENINGS))
+        flattenings = ("view", "reshape", "flatten", torch.reshape, torch.flatten)
+        self.grow(draw.choice(flattenings) if self.calls else nn.Flatten)
         self.grow_anything()
         for _ in range(draw.choice((0, 0, 1, 1, 2, 3))):
-            self.grow(nn.Linear)
+            self.grow(self.one_of(nn.Linear))
             self.grow_anything()
         if draw.random() < 0.4:
             self.grow(RBF)
             self.grow_anything()
+        elif draw.random() < 0.3:
+            ends = [kind for kind in LINKS if "log_softmax" in name_of(kind)] if self.calls else [nn.LogSoftmax]
+            self.grow(draw.choice(ends))
+
+    def one_of(self, *kinds: Any) -> Any:
+        """One of the kinds of layers, or a call that is the same."""
+        kind = self.draw.choice(kinds)
+        same = [call for call, layer in _PARAMETERS.items() if layer is kind]
+        return self.draw.choice(same) if self.calls and same and self.draw.random() < 0.5 else kind
 
     def grow_anything(self) -> None:
         draw = self.draw
-        for _ in range(draw.choice((0, 0, 1, 1, 2, 3))):
-            what = draw.random()
-            if what < 0.2:
-                self.grow(draw.choice(LINKS))
+        if self.calls and draw.random() < 0.5:
+            for kind in draw.sample(self.preferred, len(self.preferred)):
+                self.grow(kind)
+        for _ in range(draw.choice((1, 2, 4) if self.calls else (0, 0, 1, 1, 2, 3))):
+            if draw.random() < (0.5 if self.calls else 0.2):
+                self.grow(draw.choice(LINKS if self.calls else list(LAYERS)))
             else:  # each name as often as another, however many ways there are to write it
-                table = POOLS if what < 0.5 and self.output.dim() == 4 else ACTIVATIONS
+                table = POOLS if draw.random() < 0.4 and self.output.dim() == 4 else ACTIVATIONS
                 name = draw.choice(sorted(set(table.values())))
-                self.grow(draw.choice([kind for kind in table if table[kind] == name]))
+                written = [kind for kind in table if table[kind] == name and (self.calls or isinstance(kind, type))]
+                self.grow(draw.choice(written))
+
+    def grow_images(self) -> None:
+        """The first call gives the images their shape."""
+        image = tuple(self.output.shape[1:])
+        one = image[0] == 1
+        ways = (
+            [(image[1:], Call("unsqueeze", None, (1,))), (image[1:], Call(torch.unsqueeze, None, (1,)))] if one else []
+        )
+        ways += [(image[1:], Call(operator.getitem, None, ((slice(None), None),)))] if one else []
+        ways.append(((self.output[0].numel(),), Call("view", None, (-1, *image))))
+        self.shape, call = self.draw.choice(ways)
+        self.network.links += (call,)
+        self.kinds.append(call.kind)
+        self.reading.take(Link("images", "images", {"shape": image}))
 
     def grow(self, kind: Any) -> None:
         """Append a link of this kind, if it fits here and the reader takes it."""
-        graph = fx.Graph()
-        before = graph.placeholder("x")
-        if inspect.isclass(kind):
-            link = f"layer{len(self.network.links)}"
-            self.network.add_module(link, self.layer(kind))
-            apply, node = getattr(self.network, link), graph.call_module(link, (before,))
-        else:
-            options = self.call_options(kind)
-            call = graph.call_method if isinstance(kind, str) else graph.call_function
-            link = apply = _applying(kind, options)
-            node = call(kind, (before,), options)
-        output = self.taken(apply, node)
+        name = f"layer{len(self.network.links)}"
+        layer = kind if isinstance(kind, type) else _PARAMETERS.get(kind)
+        if layer is not None:
+            self.network.add_module(name, self.layer(layer))
+        link = name if isinstance(kind, type) else self.call(kind, None if layer is None else name)
+        output = self.taken(kind, link)
         if output is not None:
             self.output = output
             self.network.links += (link,)
             self.kinds.append(kind)
-        elif inspect.isclass(kind):
-            delattr(self.network, link)
+        elif layer is not None:
+            delattr(self.network, name)
 
     @torch.no_grad()
-    def taken(self, apply: Callable[[Tensor], Tensor], node: fx.Node) -> Tensor | None:
+    def taken(self, kind: Any, link: str | Call) -> Tensor | None:
         """What the link makes of the output, if it fits and the reader takes it."""
+        chain, given = self.network, self.output.clone()  # it may be one that changes its input
         try:
-            output = apply(self.output.clone())  # it may be one that changes its input
-            if output.numel() > _MOST_VALUES:
+            output = getattr(chain, link)(given) if isinstance(link, str) else link(chain, given)
+            if not isinstance(output, Tensor) or output[0].numel() > _MOST_VALUES:
                 return None
-            self.reading.take(self.network, node)
-        except (LeftAlone, RuntimeError, ValueError, IndexError):
+            for found in self.links(kind, link, output):
+                self.reading.take(found)
+        except (LeftAlone, RuntimeError, ValueError, IndexError, TypeError, UserWarning):
             return None
         return output
+
+    def links(self, kind: Any, link: str | Call, output: Tensor) -> list[Link]:
+        if isinstance(link, str):
+            return [LAYERS[kind](link, getattr(self.network, link))]
+        graph = fx.Graph()
+        before = graph.placeholder("x")
+        before.meta["example_value"] = self.output
+        node = link.node(graph, before, self.network)
+        node.meta["example_value"] = output
+        names = {id(parameter): name for name, parameter in self.network.named_parameters()}
+        links = []
+        for found in links_of_calls([before, before, node], 2):
+            given = {role: node.meta["example_value"] for role, node in found.tensors.items()}
+            tensors = {role: (names[id(tensor)], tensor) for role, tensor in given.items()}
+            links.append(Link(found.label, found.kind, found.options, tensors))
+        return links
 
     def layer(self, kind: type[nn.Module]) -> nn.Module:
         if kind in POOLS:
@@ -157,16 +271,37 @@ class _Growth:
         options = self.options()
         if kind is SparseConvActPool2d and options["table"] is None:
             options["table"] = torch.rand(options["out_channels"], options["in_channels"]) < 0.6
-        layer = kind(**{name: options[name] for name in options_of(kind)})
-        if hasattr(layer, "backend"):
+        layer = kind(**{name: options[name] for name in options_of(kind)}).double()
+        if hasattr(layer, "backend") and not self.calls:  # written out, not all of them are read
             layer.backend = "reference"
+        if isinstance(layer, nn.Dropout | nn.Dropout2d):
+            layer.eval()  # what it drops is not what PyTorch drops
         return layer
 
-    def call_options(self, kind: Any) -> dict[str, Any]:
+    def call(self, kind: Any, layer: str | None) -> Call:
+        shape, draw = self.output.shape, self.draw
+        last, name = len(shape) - 1, name_of(kind)
         if kind in POOLS:
-            return {"kernel_size": 2}
-        options = self.options()
-        return {name: options[name] for name in ("start_dim", "end_dim")} if kind in _FLATTENINGS else {}
+            return Call(kind, layer, (2,))
+        if kind is torch.conv2d:
+            padding = getattr(self.network, layer).padding
+            return Call(kind, layer, named=(("padding", padding),))
+        if "dropout" in name:
+            return Call(kind, layer, draw.choice(((0.0, True), (0.5, False))))
+        if "log_softmax" in name:
+            return Call(kind, layer, (draw.choice((1, -1)),))
+        flat = self.output[0].numel()
+        options: dict[str, tuple] = {
+            "view": (-1, flat),
+            "reshape": ((-1, flat),) if kind is torch.reshape else (-1, flat),
+            "flatten": (draw.choice((1, -last)), draw.choice((-1, last))),
+            "unflatten": (1, (shape[1], 1, 1)),
+            "squeeze": (1,),
+            "unsqueeze": (1,),
+            "getitem": ((..., slice(None)),),
+            "to": (torch.float64,),
+        }
+        return Call(kind, layer, options.get(name, ()))
 
     def options(self) -> dict[str, Any]:
         """Of all kinds of layers, by the names of their arguments."""
@@ -193,7 +328,13 @@ class _Growth:
             "inplace": draw.random() < 0.5,
             "start_dim": draw.choice((1, -last)),
             "end_dim": draw.choice((-1, last)),
+            "p": draw.random(),
+            "dim": draw.choice((1, -1)),
         }
+
+
+def name_of(kind: Any) -> str:
+    return kind if isinstance(kind, str) else getattr(kind, "__name__", "")
 
 
 def options_of(kind: type[nn.Module]) -> list[str]:
@@ -202,13 +343,7 @@ def options_of(kind: type[nn.Module]) -> list[str]:
     return [name for name in named if name not in _NOT_DRAWN]
 
 
-def _applying(kind: Any, options: dict[str, Any]) -> Callable[[Tensor], Tensor]:
-    if isinstance(kind, str):
-        return lambda x: getattr(x, kind)(**options)
-    return lambda x: kind(x, **options)
-
-
-def random_data(seed: int, image: tuple[int, int, int], classes: int, most: int = 20) -> tuple[Tensor, Tensor, int]:
+def random_data(seed: int, image: tuple[int, ...], classes: int, most: int = 20) -> tuple[Tensor, Tensor, int]:
     """Images, labels, and a batch size that may leave a smaller last batch."""
     draw = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -247,11 +382,10 @@ def features(network: Drawn) -> list[tuple[str, set[str]]]:
     convolutions = network.reading.numbers(network.image)[5]
     found = []
     for index, layer in enumerate(network.reading.layers):
-        bias = "no bias" if layer.module.bias is None else "bias"
+        bias = "bias" if layer.has_bias else "no bias"
         options = {f"activation {layer.activation}", bias}
         if index < convolutions:
-            size = layer.module.kernel_size
-            size = size if isinstance(size, int) else size[0]
+            size = layer.sizes()[2]
             options.add(f"kernel size {size if size in (3, 5, 7) else 'any'}")  # three have code of their own
             padding = {"valid": 0, "same": size // 2}.get(layer.padding, layer.padding)
             options.add("no padding" if padding == 0 else "padding" if padding < size else "padding beyond the kernel")

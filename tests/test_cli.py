@@ -99,7 +99,9 @@ def test_make_lecun1998_sets_his_experiment_beside_ours(call, few, tmp_path):
     config = load_checkpoint(folder / "checkpoint.pt")["config"]
     assert (config["model"], config["dataset"], config["engine"]) == ("lenet5-1998", "mnist", "fused")
     assert arguments[arguments.index("--epochs") + 1] == "20"
-    assert re.search(r"^on      cpu, \d+ threads, float32, fused engine$", out, re.MULTILINE)
+    assert re.search(
+        r"^on      cpu, \d+ threads, float32, fused engine: whole steps in native code$", out, re.MULTILINE
+    )
     error = 100 * (1 - load_checkpoint(folder / "checkpoint.pt")["history"][-1]["test_accuracy"])
     ours = f"test error {error:.2f} % after 2 passes over 200 digits"
     assert f"1998        {ours}; LeCun et al.: 0.95 % after 20 passes over 60,000 digits, in 2 to 3 days\n" in out

@@ -16,7 +16,7 @@ from lenet_fast import backends, data, models, trainer, watch
 from lenet_fast.inference import evaluate
 from lenet_fast.nn import ConvActPool2d
 from lenet_fast.trainer import FusedTrainer, TrainingError
-from lenet_fast.training_steps import TrainingSteps
+from lenet_fast.training_steps import Masks, TrainingSteps
 
 missing = [backends.why_unavailable("native", device) for device in ("cuda", "cpu")]  # the CPU's trainer is the judge
 pytestmark = pytest.mark.skipif(
@@ -330,7 +330,7 @@ def test_queued_steps_neither_wait_nor_allocate_in_a_graph(monkeypatch, cooperat
     order = torch.arange(30, device="cuda")
     initial = [parameter.detach().clone() for parameter in model.parameters()]
     trained = FusedTrainer(model, lr=0.1, momentum=0.9)
-    graph, (losses, correct) = captured(lambda: trained._steps.take(images, labels, order, 8, [0.1] * 4))
+    graph, (losses, correct) = captured(lambda: trained._steps.take(images, labels, order, 8, [0.1] * 4, Masks(None)))
     twin = FusedTrainer(expected, lr=0.1, momentum=0.9)
     with torch.no_grad():
         for parameter, value in zip(model.parameters(), initial, strict=True):

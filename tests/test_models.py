@@ -267,7 +267,7 @@ def test_lenet5_input_is_normalised_with_mean_and_deviation_of_mnist():
     [
         (torch.zeros(1, 28, 28), TypeError, "torch.float32"),
         (torch.zeros(28, 28, dtype=torch.uint8), ValueError, r"\(28, 28\)"),
-        (torch.zeros(1, 1, 28, 28, dtype=torch.uint8), ValueError, r"\(1, 1, 28, 28\)"),
+        (torch.zeros(1, 1, 1, 28, 28, dtype=torch.uint8), ValueError, r"\(1, 1, 1, 28, 28\)"),
         (torch.zeros(1, 34, 28, dtype=torch.uint8), ValueError, r"\(1, 34, 28\)"),
         (torch.zeros(1, 28, 27, dtype=torch.uint8), ValueError, r"\(1, 28, 27\)"),
     ],
@@ -275,6 +275,15 @@ def test_lenet5_input_is_normalised_with_mean_and_deviation_of_mnist():
 def test_prepare_refuses_what_it_cannot_map(images, error, message):
     with pytest.raises(error, match=f"images: .*{message}"):
         InputSpec(32, 0.0, 1.0).prepare(images)
+
+
+def test_prepare_maps_all_channels_alike():
+    images = torch.randint(256, (2, 3, 28, 26), dtype=torch.uint8)
+    spec = InputSpec(32, -0.5, 2.0)
+    prepared = spec.prepare(images)
+    assert prepared.shape == (2, 3, 32, 32)
+    for channel in range(3):
+        assert torch.equal(prepared[:, channel : channel + 1], spec.prepare(images[:, channel]))
 
 
 # --- describe -------------------------------------------------------------------------------------

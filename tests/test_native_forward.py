@@ -14,7 +14,6 @@ from torch import nn
 import lenet_fast as lf
 from lenet_fast import models, native_forward
 from lenet_fast.network import Network
-from lenet_fast.tracing import trace_forward
 
 
 @pytest.fixture
@@ -419,35 +418,6 @@ def test_first_calls_of_several_threads_at_once():
         assert len(found) == 4
         for output in found:
             torch.testing.assert_close(output.clone(), expected, rtol=0, atol=1e-5)
-
-
-entered, may_go_on = threading.Event(), threading.Event()
-
-
-class Waiting(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.dense = nn.Linear(2, 2)
-
-    def forward(self, input):
-        entered.set()
-        may_go_on.wait(20)
-        return self.dense(input)
-
-
-def test_modules_of_other_threads_run_while_one_is_traced():
-    """For which fx replaces the call of every module in the process."""
-    traces = []
-    thread = threading.Thread(target=lambda: traces.append(trace_forward(Waiting(), True)))
-    thread.start()
-    assert entered.wait(20)
-    try:
-        model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
-        assert model(torch.zeros(1, 3)).shape == (1, 4)
-    finally:
-        may_go_on.set()
-        thread.join()
-    assert [node.op for node in traces[0].graph.nodes] == ["placeholder", "call_module", "output"]
 
 
 def test_bytes_without_rows_leave_nothing_for_floats():

@@ -9,6 +9,7 @@ import time
 import torch
 
 import lenet_fast as lf
+from lenet_fast.training_steps import Masks
 
 ATTEMPTS = 12
 
@@ -37,7 +38,7 @@ def race(what, batch_size, way):
         if way == "epoch":
             return trainer.run_epoch(images, labels, order, batch_size)[0]
         rates = [1e-4] * (1000 // batch_size)
-        return trainer._steps.take(images, labels, order, batch_size, rates)[0]
+        return trainer._steps.take(images, labels, order, batch_size, rates, Masks(None))[0]
 
     run()
     started = time.perf_counter()

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from lenet_fast import backends, env, functional, models, ops
-from lenet_fast.network import NetworkError
-from lenet_fast.training_operands import TrainingOperands
+from lenet_fast.trainer import FusedTrainer
 
 OLD = "no kernel image for sm_60: built for sm_75, sm_80"
 needs_triton = pytest.mark.skipif(
@@ -125,9 +124,9 @@ def test_a_native_operator_is_refused_with_the_reason(machine):
 def test_the_trainer_asks_about_the_device_of_the_parameters(monkeypatch):
     asked = []
     monkeypatch.setattr(backends, "why_untrained", lambda device: asked.append(device) or OLD)
-    with pytest.raises(NetworkError, match=f"on cpu, where the fused trainer cannot run: {OLD}"):
-        TrainingOperands(models.lenet1())
-    assert asked == [torch.device("cpu")]
+    trainer = FusedTrainer(models.lenet1(), lr=0.1)
+    assert f"on cpu, where the fused trainer cannot run: {OLD}" in trainer.how()
+    assert set(asked) == {torch.device("cpu")}
 
 
 # --- what takes the kernels' place ------------------------------------------------------------------------------------

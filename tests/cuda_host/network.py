@@ -14,6 +14,7 @@ from torch import nn
 
 from cuda_host import redirect
 from lenet_fast import models, training_operands, watch
+from lenet_fast.network import Network
 from lenet_fast.nn import ConvActPool2d, SparseConvActPool2d
 from lenet_fast.trainer import FusedTrainer, TrainingError
 
@@ -244,12 +245,13 @@ def test_any_division_of_the_sums(monkeypatch, multiprocessors):
 
 def direct(model, data, order=None, rates=(0.1,), batch_size=3, optimizer="sgd", watch=None):
     """The operator itself on a copy of the model: what it returns, and the parameters."""
-    network = FusedTrainer(model, lr=0.1)
-    tensors = [tensor.detach().clone() for tensor in network._steps.operands.tensors]
+    network = Network.of(model)
+    tensors = [tensor.detach().clone() for tensor in network.tensors()]
     parameters = tensors[: len(list(model.parameters()))]
     moments = [[torch.zeros_like(p) for p in parameters] for _ in range(2 if optimizer == "adam" else 0)] or [[], []]
     counts = [torch.zeros(()) for _ in parameters] if optimizer == "adam" else []
-    numbers = network._steps.operands.numbers(network._steps.image_shape(data[0]))
+    side = model.input_spec.size
+    numbers = network.numbers((1, side, side) if data[0].dtype == torch.uint8 else tuple(data[0].shape[1:]))
     settings = optimizer, [0.0, 0.0, 0.0, 0.9, 0.999, 1e-8], list(rates), 0.0, [], 0, 0, 0.0, watch
     results = HOST(
         numbers, tensors, *moments, counts, [1] * len(parameters), *data, order, batch_size, 0.01, 0.0, *settings
@@ -542,11 +544,11 @@ def test_where_the_kernels_cannot_run_the_steps_are_graphs(monkeypatch, device, 
     try:
         with pytest.warns(RuntimeWarning, match=f"cannot be trained by the CUDA kernels: {reason}.* CUDA graphs"):
             trained = FusedTrainer(build("lenet1"), lr=0.1)
-        assert not trained._steps.are_queued(digits(2)[0])
+        assert not trained._steps.are_queued(*digits(2), 2, 2)
     finally:
         library.lenet_fast_why_unserved(-1, buffer, len(buffer))
     assert buffer.value == b""
-    assert FusedTrainer(build("lenet1"), lr=0.1)._steps.are_queued(digits(2)[0])
+    assert FusedTrainer(build("lenet1"), lr=0.1)._steps.are_queued(*digits(2), 2, 2)
 
 
 def test_other_errors_of_the_native_steps_pass(monkeypatch, device):
