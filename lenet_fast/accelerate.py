@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .dynamo import Listener, attached_call
 from .fusable import ACTIVATIONS, NO_POOLING, POOLS, is_observed
@@ -245,7 +246,14 @@ def _may_attach(module: nn.Module) -> bool:
     kind = type(module)
     if kind.__module__.partition(".")[0] == "torch" and not issubclass(kind, nn.Sequential | torch.fx.GraphModule):
         return False
-    return _SLOT not in module.__dict__ and any(isinstance(layer, nn.Conv2d) for layer in module.modules())
+    return _SLOT not in module.__dict__ and any(map(_may_convolve, module.modules()))
+
+
+def _may_convolve(layer: nn.Module) -> bool:
+    """Whether it is a convolution, or has parameters of its own that a forward may call `F.conv2d` with."""
+    if isinstance(layer, nn.Conv2d | FusedConv2d):
+        return isinstance(layer, nn.Conv2d)
+    return any(not is_lazy(parameter) and parameter.dim() == 4 for parameter in layer.parameters(recurse=False))
 
 
 def _attach(module: nn.Module) -> None:

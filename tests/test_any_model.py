@@ -100,6 +100,9 @@ BY_PYTORCH = {  # what native steps do not have of the small LeNet, and the chan
     "conv2: kernel size": lambda: {"conv2": nn.Conv2d(4, 6, (2, 1))},
     "conv2: padding": lambda: {"conv2": nn.Conv2d(4, 6, 2, padding=(0, 1)), "dense": nn.Linear(36, 9)},
     "pool1: pooling with kernel_size 3": lambda: {"pool1": nn.MaxPool2d(3, 2), "dense": nn.Linear(6, 9)},
+    "pool2.1: an activation cannot follow the avg pooling of conv2": lambda: {
+        **{"act2": None, "pool2": nn.Sequential(nn.AvgPool2d(2), nn.ReLU())},
+    },
     "act2.1: conv2 has an activation already": lambda: {"act2": nn.Sequential(nn.ReLU(), nn.Tanh())},
     "pool2: a pooling cannot follow a dropout of single values": lambda: {"act2": nn.Dropout(0.5)},
     "act3.1: tanh cannot follow a dropout": lambda: {"act3": nn.Sequential(nn.Dropout(0.5), nn.Tanh())},
