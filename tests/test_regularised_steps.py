@@ -126,7 +126,7 @@ def assert_float32_is_as_close_to_float64_as_pytorch_is(name, size):
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set_drops_alike(isa):
-    """The selected one too, which takes only here the steps in float32 that are compared with PyTorch's."""
+    """Steps in float32 are compared with PyTorch only here: on every instruction set, the selected one included."""
     run_on(isa, "test_regularised_steps", "variant_check")
 
 
