@@ -148,7 +148,7 @@ class TrainingRun {
       one.parameter->update =
           update_of<T>(t_.settings, one.trains, taken + 1, t_.learning_rates[static_cast<size_t>(number)]);
     }
-    step_.dropout.step.step = t_.dropout.step.step + static_cast<uint32_t>(number);
+    step_.dropout.step.index = t_.dropout.step.index + static_cast<uint32_t>(number);
     step_.factor = static_cast<T>(1.0 / static_cast<double>(batch));
     const auto [loss, right] = is_few(batch) ? take_few(first, batch) : take_blocks(first, batch);
     for (const auto& one : t_.trained) {

@@ -6,10 +6,10 @@
 
 namespace lenet_fast {
 
-// Every step has masks of its own.
+// Every step has masks of its own, which depend on the seed of its training and on its index in that.
 struct DropStep {
   uint64_t seed;
-  uint32_t step;  // its index in the training
+  uint32_t index;
 };
 
 // How the masks of one kind are drawn at one place: a word up to `last_dropped` drops its value, a larger one
@@ -32,7 +32,7 @@ struct DropRules {
   LENET_FAST_HOST_DEVICE int64_t num_values() const { return num_maps * height * width; }
 };
 
-// The dropout of a training: the masks of a step, and the rules of every place.
+// The dropout of a step: which step it is, and the rules of every place.
 template <typename T>
 struct Dropout {
   DropStep step;

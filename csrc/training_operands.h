@@ -94,7 +94,7 @@ struct Training {
   int64_t num_images, total, batch_size, steps;  // total: images in all steps together
   T extra_score;                                 // -j
   std::vector<double> learning_rates;            // one a step
-  Dropout<T> dropout;                            // its step is that of the first step
+  Dropout<T> dropout;                            // of the first step
   double label_smoothing;
   double* watch = nullptr;  // (1 + steps) in the host's memory; null: nobody watches
 

@@ -636,8 +636,8 @@ CPU = (
     Fault(
         "all steps of a call take the masks of the first",
         "csrc/bind_training.cpp",
-        "t_.dropout.step.step + static_cast<uint32_t>(number);",
-        "t_.dropout.step.step;",
+        "t_.dropout.step.index + static_cast<uint32_t>(number);",
+        "t_.dropout.step.index;",
         "tests/test_regularised_steps.py::test_steps_in_two_calls_are_the_steps_of_one",
     ),
 )

@@ -1,5 +1,5 @@
-// Dropout: values multiplied by their masks, in blocks of images or image by image. Backward multiplies their gradients
-// by the same masks, drawn again.
+// Multiplies values by the masks of dropout, in blocks of images or image by image. Backward draws the masks again and
+// multiplies the gradients by them.
 //
 // Four values of an image cost 20 multiplications, 20 shifts and 40 exclusive-ors: all of LeNet-5's values, forward and
 // backward, 87 thousand operations beside the 2.26 million of a step.
@@ -66,7 +66,7 @@ LF_INLINE void draw(Vec<T> (&factor)[4], const DropRule<T>& rule, const DropStep
   unroll<kParts<T>>([&](auto p) __attribute__((always_inline)) {
     words[p][0] = block.part[p];
     words[p][1] = image.part[p];
-    words[p][2] = Words{} + uint64_t{step.step};
+    words[p][2] = Words{} + uint64_t{step.index};
     words[p][3] = Words{} + uint64_t{rule.stream};
     philox(words[p], step.seed, WideProduct{});
   });

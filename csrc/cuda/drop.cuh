@@ -1,5 +1,5 @@
-// Dropout: values of an image in shared memory multiplied by their masks. Backward multiplies their gradients by the
-// same masks, drawn again.
+// Multiplies values of an image in shared memory by the masks of dropout. Backward draws the masks again and multiplies
+// the gradients by them.
 //
 // A thread draws for four values at a time, with 20 multiplications of 32 by 32 bits.
 #pragma once

@@ -438,7 +438,7 @@ __device__ void train_images(const NetworkPlan& n, float* shared, int step) {
     // Drops some of the values at `place`, or of their gradients, which all threads have written.
     const auto drop_at = [&](int place, float* values, int plane, int stride) {
       if (HasDropout && n.dropout.at[place].is_active()) {
-        drop(n.dropout, place, {n.dropout.step.step + step, static_cast<uint32_t>(image)}, values, plane, stride);
+        drop(n.dropout, place, {n.dropout.step.index + step, static_cast<uint32_t>(image)}, values, plane, stride);
         __syncthreads();
       }
     };

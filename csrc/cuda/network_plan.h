@@ -70,7 +70,7 @@ struct NetworkPlan {
   int64_t num_images, total, batch_size;  // total: of `order`
   float extra_score;                      // -j
   float label_smoothing;
-  Dropout<float> dropout;  // its step is that of the first step, which later ones count on from
+  Dropout<float> dropout;  // of the first step, from whose index on the later ones are counted
 
   int steps;
   const double* learning_rates;  // (steps)

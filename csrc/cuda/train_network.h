@@ -19,7 +19,7 @@ struct TrainingRun {
   int64_t num_images, total, batch_size;  // total: images in all steps together
   const int64_t* labels;
   float extra_score, label_smoothing;
-  Dropout<float> dropout;              // its step is that of the first step
+  Dropout<float> dropout;              // of the first step
   std::vector<double> learning_rates;  // one a step
   double* losses;                      // (steps): of a step that was not taken, and of all after it, NaN
   int64_t* correct;                    // (steps)
