@@ -123,10 +123,7 @@ class TrainingRun {
     step_.labels = positions.labels();
     step_.extra_score = t_.extra_score;
     step_.label_smoothing = t_.label_smoothing;
-    step_.drop_step.seed = t_.seed;
-    for (int place = 0; place < g_.num_drops(); ++place) {
-      step_.drop_rules[place] = drop_rules<T>(g_, place);
-    }
+    step_.dropout = t_.dropout;
     few_memory_ = memory + few_memory;
     step_.thread_memory = memory + thread_memory;
     step_.thread_stride = thread_stride_;
@@ -151,7 +148,7 @@ class TrainingRun {
       one.parameter->update =
           update_of<T>(t_.settings, one.trains, taken + 1, t_.learning_rates[static_cast<size_t>(number)]);
     }
-    step_.drop_step.step = t_.first_step + static_cast<uint32_t>(number);
+    step_.dropout.step.index = t_.dropout.step.index + static_cast<uint32_t>(number);
     step_.factor = static_cast<T>(1.0 / static_cast<double>(batch));
     const auto [loss, right] = is_few(batch) ? take_few(first, batch) : take_blocks(first, batch);
     for (const auto& one : t_.trained) {

@@ -46,7 +46,7 @@ struct Backend {
     run.batch_size = training.batch_size;
     run.extra_score = training.extra_score;
     run.label_smoothing = static_cast<float>(training.label_smoothing);
-    run.first_step = {training.seed, training.first_step};
+    run.dropout = training.dropout;
     run.learning_rates = training.learning_rates;
     run.watch = on_device(training.watch, "watch");
 

@@ -1,48 +1,67 @@
-// The masks of dropout in a training step, shared by every back end: lenet_fast/dropout_masks.py says what they are. No
-// state: a mask is drawn again where the backward pass needs it.
+// The masks of dropout in a training step, shared by every back end: lenet_fast/dropout_masks.py says what they are.
+// They have no state: the backward pass draws a mask again where it needs it.
 #pragma once
 
 #include "network.h"
 
 namespace lenet_fast {
 
-// Which masks: those of one step.
+// Every step has masks of its own, which depend on the seed of its training and on its index in that.
 struct DropStep {
   uint64_t seed;
-  uint32_t step;
+  uint32_t index;
 };
 
-// How the masks of one kind at one place are drawn: a word up to `last_dropped` drops, otherwise `scale` multiplies.
+// How the masks of one kind are drawn at one place: a word up to `last_dropped` drops its value, a larger one
+// multiplies it by `scale`.
 template <typename T>
 struct DropRule {
-  bool drops;  // false: there is no mask
+  bool is_active;  // false: there is no mask
   uint32_t last_dropped;
   T scale;
   uint32_t stream;  // the last word of the counters: 2 * place + (1 for whole maps)
 };
 
-// At one place, where an image is `num_maps` maps of height x width values.
+// The rules of both kinds at one place, where an image is `num_maps` maps of height x width values.
 template <typename T>
 struct DropRules {
   DropRule<T> values, maps;
   int64_t num_maps, height, width;
 
-  LENET_FAST_HOST_DEVICE bool drops() const { return values.drops || maps.drops; }
+  LENET_FAST_HOST_DEVICE bool is_active() const { return values.is_active || maps.is_active; }
   LENET_FAST_HOST_DEVICE int64_t num_values() const { return num_maps * height * width; }
 };
 
+// The dropout of a step: which step it is, and the rules of every place.
 template <typename T>
-DropRules<T> drop_rules(const NetworkGeometry& g, int place) {
-  const auto rule = [](double p, int stream) {
-    DropRule<T> result{p > 0, 0, T(1), static_cast<uint32_t>(stream)};
-    if (result.drops) {
-      // A word is less than p * 2^32 exactly when it is at most that, rounded up, less one.
-      result.last_dropped = static_cast<uint32_t>(std::ceil(p * 4294967296.0) - 1);
-      result.scale = static_cast<T>(p < 1 ? 1 / (1 - p) : 0);
+struct Dropout {
+  DropStep step;
+  DropRules<T> at[kMaxPlaces];
+
+  bool is_active() const {
+    bool any = false;
+    for (const DropRules<T>& rules : at) {
+      any = any || rules.is_active();
     }
-    return result;
-  };
-  DropRules<T> rules{rule(g.dropout[place].values, 2 * place), rule(g.dropout[place].maps, 2 * place + 1), 1, 1, 1};
+    return any;
+  }
+};
+
+template <typename T>
+DropRule<T> drop_rule(double p, int stream) {
+  DropRule<T> rule{p > 0, 0, T(1), static_cast<uint32_t>(stream)};
+  if (rule.is_active) {
+    // A word is less than p * 2^32 exactly when it is at most that, rounded up, less one.
+    rule.last_dropped = static_cast<uint32_t>(std::ceil(p * 4294967296.0) - 1);
+    rule.scale = static_cast<T>(p < 1 ? 1 / (1 - p) : 0);
+  }
+  return rule;
+}
+
+// At a place where single values are dropped with probability `values` and whole maps with probability `maps`.
+template <typename T>
+DropRules<T> drop_rules(const NetworkGeometry& g, int place, double values, double maps) {
+  DropRules<T> rules{drop_rule<T>(values, 2 * place), drop_rule<T>(maps, 2 * place + 1), 1, 1, 1};
   if (place < g.num_convs) {
     rules.num_maps = g.conv[place].in_channels;
     rules.height = g.conv[place].height;

@@ -18,7 +18,7 @@ namespace lenet_fast {
 inline constexpr int kMaxConvs = 4;
 inline constexpr int kMaxDenses = 4;
 inline constexpr int kMaxSlots = 4 * kMaxConvs + 2 * kMaxDenses;  // of parameters, see Network::slots
-inline constexpr int kMaxDrops = kMaxConvs + kMaxDenses + 1;      // see NetworkGeometry::dropout
+inline constexpr int kMaxPlaces = kMaxConvs + kMaxDenses + 1;     // see NetworkGeometry::num_places
 
 // output = activation(weight input + bias), weight (out_features, in_features).
 struct DenseGeometry {
@@ -30,30 +30,17 @@ struct DenseGeometry {
 // between the last dense layer and one code a class.
 enum class Output { scores, distances };
 
-// The probabilities with which a training step drops single values of a layer's input and whole maps of it.
-struct Dropout {
-  double values, maps;
-};
-
 struct NetworkGeometry {
   int num_convs, num_denses;
   ConvGeometry conv[kMaxConvs];  // `batch` unused
   DenseGeometry dense[kMaxDenses];
   Output output;
   int64_t classes;
-  Dropout dropout[kMaxDrops];  // of the input of each layer, in order, then of the last layer's output; see dropout.h
 
   const DenseGeometry& last_dense() const { return dense[num_denses - 1]; }
 
-  int num_drops() const { return num_convs + num_denses + 1; }
-  bool drops(int place) const { return dropout[place].values > 0 || dropout[place].maps > 0; }
-  bool drops() const {
-    bool any = false;
-    for (int place = 0; place < num_drops(); ++place) {
-      any = any || drops(place);
-    }
-    return any;
-  }
+  // Where a training step may drop values: the input of each layer, in order, then the last layer's output.
+  int num_places() const { return num_convs + num_denses + 1; }
 };
 
 // What is subtracted from one parameter in one step, PyTorch's definitions with every scalar computed beforehand.

@@ -20,9 +20,9 @@ __host__ __device__
 #endif
   for (int round = 0; round < 10; ++round) {
     const Word a = product(0xD2511F53u, counter[0]), b = product(0xCD9E8D57u, counter[2]);
-    counter[0] = (b >> 32) ^ counter[1] ^ uint64_t { lower_key };
+    counter[0] = (b >> 32) ^ counter[1] ^ static_cast<uint64_t>(lower_key);
     counter[1] = b;
-    counter[2] = (a >> 32) ^ counter[3] ^ uint64_t { upper_key };
+    counter[2] = (a >> 32) ^ counter[3] ^ static_cast<uint64_t>(upper_key);
     counter[3] = a;
     lower_key += 0x9E3779B9u;
     upper_key += 0xBB67AE85u;

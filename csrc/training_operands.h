@@ -4,6 +4,7 @@
 #include <array>
 #include <tuple>
 
+#include "dropout.h"
 #include "network_operands.h"
 
 namespace lenet_fast {
@@ -50,20 +51,28 @@ struct TrainingArguments {
   const std::optional<Tensor>& watch;
 };
 
-// The probabilities of `dropout`, (values, maps) of each place: see NetworkGeometry::dropout. Empty: nothing is
+// What the operator's probabilities say, which are those of (values, maps) at each place. Without any nothing is
 // dropped.
-inline void read_dropout(NetworkGeometry& g, const std::vector<double>& dropout) {
-  const auto expected = static_cast<size_t>(2 * g.num_drops());
-  if (!dropout.empty() && dropout.size() != expected) {
-    fail("dropout: expected no numbers or ", expected, ", two for each of ", g.num_drops() - 1,
-         " layers and two for the output, got ", dropout.size());
+template <typename T>
+Dropout<T> read_dropout(const NetworkGeometry& g, const std::vector<double>& probabilities) {
+  const auto expected = static_cast<size_t>(2 * g.num_places());
+  if (!probabilities.empty() && probabilities.size() != expected) {
+    fail("dropout: expected no numbers or ", expected, ", two for each of ", g.num_places() - 1,
+         " layers and two for the output, got ", probabilities.size());
   }
-  for (size_t i = 0; i < dropout.size(); ++i) {
-    if (!(dropout[i] >= 0 && dropout[i] <= 1)) {
-      fail("dropout: expected probabilities from 0 to 1, got ", dropout[i], " at ", i);
+  for (size_t i = 0; i < probabilities.size(); ++i) {
+    if (!(probabilities[i] >= 0 && probabilities[i] <= 1)) {
+      fail("dropout: expected probabilities from 0 to 1, got ", probabilities[i], " at ", i);
     }
-    (i % 2 == 0 ? g.dropout[i / 2].values : g.dropout[i / 2].maps) = dropout[i];
   }
+  Dropout<T> dropout{};
+  for (int place = 0; place < g.num_places(); ++place) {
+    const auto probability = [&](int kind) {
+      return probabilities.empty() ? 0.0 : probabilities[static_cast<size_t>(2 * place + kind)];
+    };
+    dropout.at[place] = drop_rules<T>(g, place, probability(0), probability(1));
+  }
+  return dropout;
 }
 
 // The same, checked: all but the values of labels and order, which only a kernel may be able to read.
@@ -85,8 +94,7 @@ struct Training {
   int64_t num_images, total, batch_size, steps;  // total: images in all steps together
   T extra_score;                                 // -j
   std::vector<double> learning_rates;            // one a step
-  uint64_t seed;                                 // of dropout's masks
-  uint32_t first_step;                           // the number of the first step in those masks
+  Dropout<T> dropout;                            // of the first step
   double label_smoothing;
   double* watch = nullptr;  // (1 + steps) in the host's memory; null: nobody watches
 
@@ -100,10 +108,9 @@ struct Training {
         batch_size(a.batch_size),
         extra_score(static_cast<T>(-a.j)),
         learning_rates(a.learning_rates),
-        seed(static_cast<uint64_t>(a.seed)),
+        dropout(read_dropout<T>(operand.geometry(), a.dropout)),
         label_smoothing(a.label_smoothing) {
     const Tensor& like = a.parameters[0];
-    read_dropout(network.geometry, a.dropout);
     if (a.labels.numel() != num_images) {
       fail("labels: expected one for each of the ", num_images, " images, got ", a.labels.numel());
     }
@@ -125,7 +132,7 @@ struct Training {
     if (a.first_step < 0 || a.first_step > most_steps - steps) {
       fail("first_step: expected 0 to 2^32 less the ", steps, " steps, got ", a.first_step);
     }
-    first_step = static_cast<uint32_t>(a.first_step);
+    dropout.step = {static_cast<uint64_t>(a.seed), static_cast<uint32_t>(a.first_step)};
     if (!(label_smoothing >= 0 && label_smoothing <= 1)) {
       fail("label_smoothing: expected 0 to 1, got ", label_smoothing);
     }

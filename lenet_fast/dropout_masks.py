@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["mask", "philox"]
+__all__ = ["mask"]
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
@@ -33,7 +33,7 @@ def _wide_product(multiplier: int, words: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def philox(counter: Sequence[Tensor | int], key: int) -> Tensor:
-    """Philox4x32-10.
+    """Philox4x32-10; does not check its arguments, which `mask` does.
 
     Args:
         counter: four words, int64 tensors or numbers of 0 to 2^32 - 1 whose shapes broadcast.
@@ -52,6 +52,11 @@ def philox(counter: Sequence[Tensor | int], key: int) -> Tensor:
     return torch.stack((a, b, c, d), -1)
 
 
+def _check_int(name: str, value: object, least: int, most: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"{name}: expected an int from {least} to {most}, got {value!r}")
+
+
 def mask(
     seed: int,
     step: int,
@@ -66,25 +71,35 @@ def mask(
     """What the native steps multiply the input of a layer, or the output of the last, with.
 
     Args:
-        seed, step: of the training, see `torch.ops.lenet_fast.network_train`; 64 and 32 bits.
-        place: number of the layer whose input it is, convolutions before dense layers; their number for the output.
+        seed: of the training, see `torch.ops.lenet_fast.network_train`: 64 bits, with a sign or without.
+        step: index of the step in the training, 32 bits.
+        place: index of the layer whose input it is, convolutions before dense layers; their number for the output.
         shape: (N, ...) of a batch, at `place` 0 to the first dense layer's (N, C, H, W): in the order of memory the
             values are the same as those of (N, C * H * W).
         p: the probability of dropping, from 0 to 1.
         maps: drop whole maps: all values that agree in the first two coordinates.
+        dtype: float32 or float64, which are those of the native steps.
+        device: where the mask is computed, the CPU where it is not given.
 
     Returns:
         A tensor of that shape and dtype: 0 or 1 / (1 - p).
 
     Raises:
-        ValueError: a shape of less than two dimensions, or a number out of its range.
+        ValueError: an argument of another type or out of its range.
     """
-    if len(shape) < 2:
-        raise ValueError(f"shape: expected (N, C, ...), got {tuple(shape)}")
-    if not 0 <= p <= 1:
-        raise ValueError(f"p: expected a probability from 0 to 1, got {p}")
-    if not 0 <= step <= _WORD:
-        raise ValueError(f"step: expected 0 to 2^32 - 1, got {step}")
+    _check_int("seed", seed, -(2**63), 2**64 - 1)
+    _check_int("step", step, 0, _WORD)
+    _check_int("place", place, 0, _WORD // 2)
+    if not isinstance(shape, Sequence) or len(shape) < 2:
+        raise ValueError(f"shape: expected (N, C, ...), got {shape!r}")
+    for length in shape:
+        _check_int("shape", length, 0, _WORD)
+    if not isinstance(p, int | float) or not 0 <= p <= 1:
+        raise ValueError(f"p: expected a probability from 0 to 1, got {p!r}")
+    if not isinstance(maps, bool):
+        raise ValueError(f"maps: expected True or False, got {maps!r}")
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype: expected torch.float32 or torch.float64, got {dtype!r}")
     number = shape[1] if maps else math.prod(shape[1:])
     images = torch.arange(shape[0], device=device)[:, None]
     blocks = torch.arange((number + 3) // 4, device=device)

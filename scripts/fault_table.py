@@ -438,8 +438,8 @@ CUDA = (
     Fault(
         "the background that was dropped of one image is missing in the next",
         "csrc/cuda/network_images.cuh",
-        "if (drops && n.drop_rules[0].drops()) {",
-        "if (drops && n.steps < 0) {",
+        "if (has_dropout && n.dropout.at[0].is_active()) {",
+        "if (has_dropout && n.steps < 0) {",
         "tests/cuda_host/regularisation.py -k test_bytes",
     ),
     Fault(
@@ -450,10 +450,10 @@ CUDA = (
         "tests/cuda_host/regularisation.py -k test_label_smoothing",
     ),
     Fault(
-        "values are dropped before all of them are there",
+        "values are used before all threads have dropped theirs",
         "csrc/cuda/network_images.cuh",
-        "    clock.end(Phase::load);\n",
-        "",
+        "static_cast<uint32_t>(image)}, values, plane, stride);\n        __syncthreads();\n",
+        "static_cast<uint32_t>(image)}, values, plane, stride);\n",
         "tests/cuda_host/regularisation.py -m races",
         check="races",
     ),
@@ -509,7 +509,7 @@ CPU = (
     Fault(
         "the gradient of the scores overwrites what the last activation's derivative needs",
         "csrc/cpu/network_pass.h",
-        "dense_differentiate<T>(g_.dense[l], memory_ + block.dense_output[l], memory_ + block.grad_dense[l + 1]);",
+        "dense_differentiate<T>(g_.dense[l], dense_output(b, l), memory_ + block.grad_dense[l + 1]);",
         "dense_differentiate<T>(g_.dense[l], memory_ + block.grad_dense[l + 1], memory_ + block.grad_dense[l + 1]);",
         _OF_NETWORKS,
     ),
@@ -621,7 +621,7 @@ CPU = (
     Fault(
         "what is dropped of a dense layer's output still has a gradient",
         "csrc/cpu/network_pass.h",
-        "        drop(step, g_.num_convs + l + 1, b, first_image, {memory_ + block.grad_dense[l + 1], 1, 1});\n",
+        "        drop(g_.num_convs + l + 1, b, first_image, {memory_ + block.grad_dense[l + 1], 1, 1});\n",
         "",
         _OF_MASKS,
     ),
@@ -635,14 +635,14 @@ CPU = (
     Fault(
         "the background that was dropped of some images is missing in the next",
         "csrc/cpu/network_pass.h",
-        "if (images.are_bytes && g_.drops(0)) {",
+        "if (images.are_bytes && drops(0)) {",
         "if (images.are_bytes && first < 0) {",
         "tests/test_regularised_steps.py::test_bytes_are_the_floats_that_they_become",
     ),
     Fault(
         "few images: the derivative of an activation is taken from the output that is left of it",
         "csrc/cpu/network_train_few.h",
-        "differentiate_few<T>(dense.activation, values_ + at_.dense_output[l],",
+        "differentiate_few<T>(dense.activation, dense_output(l),",
         "differentiate_few<T>(dense.activation, values_ + at_.dense[l + 1],",
         _OF_MASKS,
     ),
@@ -670,8 +670,8 @@ CPU = (
     Fault(
         "all steps of a call take the masks of the first",
         "csrc/bind_training.cpp",
-        "t_.first_step + static_cast<uint32_t>(number);",
-        "t_.first_step;",
+        "t_.dropout.step.index + static_cast<uint32_t>(number);",
+        "t_.dropout.step.index;",
         "tests/test_regularised_steps.py::test_steps_in_two_calls_are_the_steps_of_one",
     ),
 )

@@ -75,14 +75,42 @@ def test_a_mask_does_not_depend_on_the_rest_of_its_batch():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("changes", "message"),
     [
-        ((0, 0, 0, (5,), 0.5), "shape: expected"),
-        ((0, 0, 0, (5, 2), 1.5), "p: expected"),
-        ((0, 0, 0, (5, 2), math.nan), "p: expected"),
-        ((0, 1 << 32, 0, (5, 2), 0.5), "step: expected"),
+        ({"seed": 1 << 64}, "seed: expected an int from -9223372036854775808 to 18446744073709551615, got 1844"),
+        ({"seed": -(1 << 63) - 1}, "seed: expected"),
+        ({"seed": 1.0}, "seed: expected an int .*, got 1.0"),
+        ({"seed": torch.tensor(1)}, "seed: expected an int .*, got tensor"),
+        ({"step": 1 << 32}, "step: expected an int from 0 to 4294967295, got 4294967296"),
+        ({"step": -1}, "step: expected"),
+        ({"step": 0.5}, "step: expected"),
+        ({"step": True}, "step: expected"),
+        ({"place": -1}, "place: expected an int from 0 to 2147483647, got -1"),
+        ({"place": 1 << 31}, "place: expected"),
+        ({"place": 1.5}, "place: expected"),
+        ({"shape": (5,)}, r"shape: expected \(N, C, ...\), got \(5,\)"),
+        ({"shape": 5}, "shape: expected"),
+        ({"shape": (5, -2)}, "shape: expected an int from 0 .*, got -2"),
+        ({"shape": (5, 2.0)}, "shape: expected"),
+        ({"p": 1.5}, "p: expected a probability from 0 to 1, got 1.5"),
+        ({"p": -0.1}, "p: expected"),
+        ({"p": math.nan}, "p: expected"),
+        ({"p": "0.5"}, "p: expected"),
+        ({"maps": 2}, "maps: expected True or False, got 2"),
+        ({"dtype": torch.float16}, "dtype: expected torch.float32 or torch.float64, got torch.float16"),
+        ({"dtype": torch.int64}, "dtype: expected"),
+        ({"dtype": None}, "dtype: expected"),
     ],
 )
-def test_what_is_out_of_range_is_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        mask(*arguments)
+def test_what_is_out_of_range_is_refused(changes, message):
+    arguments = {"seed": 0, "step": 0, "place": 0, "shape": (5, 2), "p": 0.5}
+    with pytest.raises(ValueError, match="^" + message):
+        mask(**(arguments | changes))
+
+
+def test_the_ends_of_the_ranges_are_taken():
+    assert torch.equal(mask(-1, 3, 0, (5, 40), 0.5), mask((1 << 64) - 1, 3, 0, (5, 40), 0.5))
+    assert torch.equal(mask(-(1 << 63), 3, 0, (5, 40), 0.5), mask(1 << 63, 3, 0, (5, 40), 0.5))
+    assert mask(0, (1 << 32) - 1, (1 << 31) - 1, torch.Size((5, 40)), 0.5, maps=True).shape == (5, 40)
+    for shape in ((0, 3), (3, 0), (3, 2, 0, 4)):
+        assert mask(0, 0, 0, shape, 0.5).shape == mask(0, 0, 0, shape, 0.5, maps=True).shape == shape

@@ -79,7 +79,7 @@ def line_of(name, text):
 def test_lines_belong_to_the_phase_that_ends_next():
     lines = phase_instructions.phase_lines()
     assert lines[line_of("network_images.cuh", "stage_convolutions(n, shared);")] == "stage"
-    assert lines[line_of("network_images.cuh", "load_image(n, shared, index, Drops);")] == "load"
+    assert lines[line_of("network_images.cuh", "load_image(n, shared, index, HasDropout);")] == "load"
     assert lines[line_of("network_images.cuh", "score(n, shared);")] == "score"
     assert lines[line_of("network_images.cuh", "add_weight_gradient<K>(n.conv[l], shared);")] == "gradients"
     assert lines[line_of("network_images.cuh", "sum.loss += one.loss;")] == "loss"
@@ -89,7 +89,7 @@ def test_lines_belong_to_the_phase_that_ends_next():
 
 def test_instructions_are_counted_where_the_innermost_known_line_is():
     _, stage = line_of("network_images.cuh", "stage_convolutions(n, shared);")
-    _, call = line_of("train_network.cu", "train_images<K, Drops>(n, shared, step);")
+    _, call = line_of("train_network.cu", "train_images<K, HasDropout>(n, shared, step);")
     listing = f"""
 //--------------------- .text._Z11train_stepsILi5ELb0EEEvNS0_11NetworkPlanE --------------------------
 \t//## File "/x/window.cuh", line 3 inlined at "/x/network_images.cuh", line {stage}

@@ -980,9 +980,7 @@ def test_a_step_whose_loss_is_not_finite_is_not_taken(name, size):
 def test_the_raw_operators_survive_anything():
     """Random changes of a good call raise or run; they never crash the interpreter. Both happen to each operator."""
     operators = torch.ops.lenet_fast
-    model = build("lenet5-1998", torch.float32)
-    network = Network.of(model)
-    numbers, tensors = network.numbers((1, 32, 32)), network.tensors()
+    networks = [Network.of(build(name, torch.float32)) for name in ("lenet5-1998", "lenet5")]
     images, labels = bytes_like(8)
     generator = random.Random(0)
     outcomes = Counter()
@@ -1019,11 +1017,34 @@ def test_the_raw_operators_survive_anything():
         floats = torch.rand(generator.choice((0, 1, 3, 40)), generator.choice((0, 1, 1, 1, 2)), side, side)
         return generator.choice((floats, floats, floats, floats.double(), floats.mT, floats.flatten(1)))
 
+    def most_often(right, *wrong):
+        return right if generator.random() < 0.85 else generator.choice(wrong)
+
+    def changed_bytes():
+        """Images of the batch, most of them of one channel and 28 x 28."""
+        channels, height, width = most_often(1, 0, 2, 3), most_often(28, 0, 1, 32, 33), most_often(28, 0, 1, 32, 33)
+        four = torch.full((8, channels, height, width), 255, dtype=torch.uint8)
+        return generator.choice((images, images[:, None], four, four))
+
+    def changed_dropout():
+        """No probability, or two for each layer and two for the output, most of the time."""
+        right = 2 * (len(network.layers) + 1)
+        length = most_often(generator.choice((0, right, right)), 1, 2, right - 2, right - 1, right + 1, 99)
+        drawn = [generator.choice((0.0, 0.5, 1.0)) for _ in range(length)]
+        if drawn and generator.random() < 0.15:
+            drawn[generator.randrange(length)] = generator.choice((math.nan, math.inf, -math.inf, -0.5, 1.5, -1e-300))
+        return drawn
+
     for _ in range(400):
+        network = generator.choice(networks)
+        numbers, tensors = network.numbers((1, 32, 32)), network.tensors()
         trained = changed_tensors()
         attempt(
-            operators.network_train, changed_numbers(), trained, [], [], [], [1] * (len(trained) - 1), images, labels,
-            None, 8, 0.01, -0.1, "sgd", [0.0] * 6, [0.0], 0.0, [], 0, 0, 0.0,
+            operators.network_train, changed_numbers() if generator.random() < 0.4 else numbers, trained, [], [], [],
+            [1] * (len(trained) - network.measures_distance), changed_bytes(), labels, None, 8, 0.01, -0.1,
+            "sgd", [0.0] * 6, [0.0], 0.0, changed_dropout(), generator.choice((0, 1, -1, 2**63 - 1, -(2**63))),
+            most_often(generator.choice((0, 5, 2**32 - 1)), -1, 2**32, 2**62, -(2**63)),
+            most_often(0.0, 0.1, 1.0, 1.5, -0.1, math.nan),
         )  # fmt: skip
         handle = attempt(operators.network_define, changed_numbers())
         if handle is not None:

@@ -1,5 +1,5 @@
-// Dropout: values multiplied by their masks, in blocks of images or image by image. Backward multiplies their gradients
-// by the same masks, drawn again.
+// Multiplies values by the masks of dropout, in blocks of images or image by image. Backward draws the masks again and
+// multiplies the gradients by them.
 //
 // Four values of an image cost 20 multiplications, 20 shifts and 40 exclusive-ors: all of LeNet-5's values, forward and
 // backward, 87 thousand operations beside the 2.26 million of a step.
@@ -32,41 +32,41 @@ struct WideProduct {
   }
 };
 
-// A number for each lane of a Vec<T>: lane i has part i % kParts, there number i / kParts.
+// A word of the counters, one for each lane of a Vec<T>: that of lane i is in part i % kParts, at i / kParts.
 template <typename T>
 inline constexpr int kParts = static_cast<int>(sizeof(uint64_t) / sizeof(T));
 template <typename T>
-struct LaneNumbers {
+struct CounterWords {
   Words part[kParts<T>];
 };
 
 template <typename T>
-LF_INLINE LaneNumbers<T> all_lanes(uint32_t number) {
-  LaneNumbers<T> numbers;
-  unroll<kParts<T>>([&](auto p) __attribute__((always_inline)) { numbers.part[p] = Words{} + uint64_t{number}; });
-  return numbers;
+LF_INLINE CounterWords<T> same_words(uint32_t word) {
+  CounterWords<T> words;
+  unroll<kParts<T>>([&](auto p) __attribute__((always_inline)) { words.part[p] = Words{} + uint64_t{word}; });
+  return words;
 }
 
-// number, number + 1, ...
+// first, first + 1, ...
 template <typename T>
-LF_INLINE LaneNumbers<T> ascending_lanes(uint32_t number) {
-  LaneNumbers<T> numbers;
-  unroll<kLanes<T>>([&](auto i) __attribute__((always_inline)) { numbers.part[i % kParts<T>][i / kParts<T>] = i; });
-  unroll<kParts<T>>([&](auto p) __attribute__((always_inline)) { numbers.part[p] += uint64_t{number}; });
-  return numbers;
+LF_INLINE CounterWords<T> ascending_words(uint32_t first) {
+  CounterWords<T> words;
+  unroll<kLanes<T>>([&](auto i) __attribute__((always_inline)) { words.part[i % kParts<T>][i / kParts<T>] = i; });
+  unroll<kParts<T>>([&](auto p) __attribute__((always_inline)) { words.part[p] += uint64_t{first}; });
+  return words;
 }
 
-// factor[w] of a lane: what multiplies number 4 * block + w of its image.
+// factor[w] of a lane: what multiplies the value, or the map, at index 4 * block + w of its image.
 template <typename T>
-LF_INLINE void draw(Vec<T> (&factor)[4], const DropRule<T>& rule, const DropStep& step, const LaneNumbers<T>& block,
-                    const LaneNumbers<T>& image) {
+LF_INLINE void draw(Vec<T> (&factor)[4], const DropRule<T>& rule, const DropStep& step, const CounterWords<T>& block,
+                    const CounterWords<T>& image) {
   using Lanes = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
   typedef Lanes Word __attribute__((vector_size(LENET_FAST_VECTOR_BYTES)));
   Words words[kParts<T>][4];
   unroll<kParts<T>>([&](auto p) __attribute__((always_inline)) {
     words[p][0] = block.part[p];
     words[p][1] = image.part[p];
-    words[p][2] = Words{} + uint64_t{step.step};
+    words[p][2] = Words{} + uint64_t{step.index};
     words[p][3] = Words{} + uint64_t{rule.stream};
     philox(words[p], step.seed, WideProduct{});
   });
@@ -79,23 +79,13 @@ LF_INLINE void draw(Vec<T> (&factor)[4], const DropRule<T>& rule, const DropStep
   });
 }
 
-// The values of a block of images times their masks; lane i is image `first_image` + i of the batch.
-template <typename T>
-void drop_block(const DropRules<T>& rules, const DropStep& step, uint32_t first_image, Planes<Vec<T>> values) {
-  const LaneNumbers<T> image = ascending_lanes<T>(first_image);
-  // f(number, its factor) for all numbers in order.
-  const auto for_each = [&](const DropRule<T>& rule, int64_t numbers, auto&& f) {
-    for (int64_t first = 0; first < numbers; first += 4) {
-      Vec<T> factor[4];
-      draw<T>(factor, rule, step, all_lanes<T>(static_cast<uint32_t>(first / 4)), image);
-      for (int64_t i = 0; i < std::min<int64_t>(4, numbers - first); ++i) {
-        f(first + i, factor[i]);
-      }
-    }
-  };
-  if (rules.values.drops) {
-    int64_t map = 0, y = 0, x = 0;  // of the number at hand
-    for_each(rules.values, rules.num_values(), [&](int64_t, Vec<T> factor) __attribute__((always_inline)) {
+// The values of one image, or of a vector of images, times their masks. for_each_factor(rule, count, f) calls f with
+// what multiplies the values, or the maps, at the indices from 0 to count - 1, in order.
+template <typename T, typename Value, typename ForEachFactor>
+LF_INLINE void drop_planes(const DropRules<T>& rules, Planes<Value> values, const ForEachFactor& for_each_factor) {
+  if (rules.values.is_active) {
+    int64_t map = 0, y = 0, x = 0;  // of the next value
+    for_each_factor(rules.values, rules.num_values(), [&](Value factor) __attribute__((always_inline)) {
       *values.at(map, y, x) *= factor;
       if (++x == rules.width) {
         x = 0;
@@ -106,48 +96,53 @@ void drop_block(const DropRules<T>& rules, const DropStep& step, uint32_t first_
       }
     });
   }
-  if (rules.maps.drops) {
-    for_each(rules.maps, rules.num_maps, [&](int64_t map, Vec<T> factor) {
+  if (rules.maps.is_active) {
+    int64_t map = 0;  // the next
+    for_each_factor(rules.maps, rules.num_maps, [&](Value factor) {
       for (int64_t y = 0; y < rules.height; ++y) {
         for (int64_t x = 0; x < rules.width; ++x) {
           *values.at(map, y, x) *= factor;
         }
       }
+      ++map;
     });
   }
 }
 
-// The values of one image, which lie one after another, times their masks.
+// The values of a block of images times their masks; lane i is image `first_image` + i of the batch.
 template <typename T>
-void drop_image(const DropRules<T>& rules, const DropStep& step, uint32_t image_number, T* values) {
-  constexpr int64_t n = kLanes<T>;
-  const LaneNumbers<T> image = all_lanes<T>(image_number);
-  // f(number, its factor) for all numbers in order.
-  const auto for_each = [&](const DropRule<T>& rule, int64_t numbers, auto&& f) {
-    for (int64_t first = 0; first < numbers; first += 4 * n) {
+void drop_block(const DropRules<T>& rules, const DropStep& step, uint32_t first_image, Planes<Vec<T>> values) {
+  const CounterWords<T> image = ascending_words<T>(first_image);
+  drop_planes(rules, values, [&](const DropRule<T>& rule, int64_t count, auto&& f) __attribute__((always_inline)) {
+    for (int64_t first = 0; first < count; first += 4) {
       Vec<T> factor[4];
-      draw<T>(factor, rule, step, ascending_lanes<T>(static_cast<uint32_t>(first / 4)), image);
+      draw<T>(factor, rule, step, same_words<T>(static_cast<uint32_t>(first / 4)), image);
+      for (int64_t i = 0; i < std::min<int64_t>(4, count - first); ++i) {
+        f(factor[i]);
+      }
+    }
+  });
+}
+
+// The values of image `image_index` of the batch, which lie one after another, times their masks.
+template <typename T>
+void drop_image(const DropRules<T>& rules, const DropStep& step, uint32_t image_index, T* values) {
+  constexpr int64_t n = kLanes<T>;
+  const CounterWords<T> image = same_words<T>(image_index);
+  const Planes<T> planes{values, rules.height * rules.width, rules.width};
+  drop_planes(rules, planes, [&](const DropRule<T>& rule, int64_t count, auto&& f) __attribute__((always_inline)) {
+    for (int64_t first = 0; first < count; first += 4 * n) {
+      Vec<T> factor[4];
+      draw<T>(factor, rule, step, ascending_words<T>(static_cast<uint32_t>(first / 4)), image);
       T in_order[4 * n];
       for (int64_t i = 0; i < 4 * n; ++i) {
         in_order[i] = factor[i % 4][i / 4];
       }
-      for (int64_t i = 0; i < std::min(4 * n, numbers - first); ++i) {
-        f(first + i, in_order[i]);
+      for (int64_t i = 0; i < std::min(4 * n, count - first); ++i) {
+        f(in_order[i]);
       }
     }
-  };
-  const int64_t area = rules.height * rules.width;
-  if (rules.values.drops) {
-    for_each(rules.values, rules.num_values(),
-             [&](int64_t i, T factor) __attribute__((always_inline)) { values[i] *= factor; });
-  }
-  if (rules.maps.drops) {
-    for_each(rules.maps, rules.num_maps, [&](int64_t map, T factor) {
-      for (int64_t i = 0; i < area; ++i) {
-        values[map * area + i] *= factor;
-      }
-    });
-  }
+  });
 }
 
 }  // namespace lenet_fast::cpu::LENET_FAST_ISA

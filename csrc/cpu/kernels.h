@@ -66,8 +66,7 @@ struct TrainingStep {
   T factor;             // 1 / images of the batch
   T extra_score;        // of Output::distances
   double label_smoothing;
-  DropStep drop_step;
-  DropRules<T> drop_rules[kMaxDrops];
+  Dropout<T> dropout;  // of this step
   char* thread_memory;
   int64_t thread_stride, threads;
   DenseSums<T> dense_sums[kMaxDenses];

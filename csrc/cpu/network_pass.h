@@ -23,9 +23,9 @@ struct NetworkLayout {
   struct Block {
     int64_t conv_input[kMaxConvs], record[kMaxConvs];  // see BlockLayout
     int64_t dense[kMaxDenses + 1];                     // inputs of the dense layers and what the last one gives
-    int64_t dense_output[kMaxDenses];  // the same as the next of `dense`, unless some of that is dropped
+    int64_t undropped[kMaxDenses];                     // outputs of the dense layers before some are dropped
     int64_t scores;
-    int64_t grad_dense[kMaxDenses + 1];  // of the same
+    int64_t grad_dense[kMaxDenses + 1];  // gradients of `dense`
     int64_t grad_conv[kMaxConvs];        // of the inputs of the convolutions but the first
     int64_t end;
   };
@@ -67,8 +67,7 @@ struct NetworkLayout {
         b.grad_dense[l] = take(training ? size : 0);
       }
       for (int l = 0; l < n.num_denses; ++l) {
-        const bool drops = n.drops(n.num_convs + l + 1);
-        b.dense_output[l] = drops ? take(n.dense[l].out_features) : b.dense[l + 1];
+        b.undropped[l] = take(training ? n.dense[l].out_features : 0);
       }
       b.scores = take(n.output == Output::distances ? n.classes : 0);
     }
@@ -142,8 +141,14 @@ void store_rows(T* images, const Vec<T>* block, int64_t features, int64_t stride
 template <typename T>
 class NetworkBlocks {
  public:
-  NetworkBlocks(const Network<T>& network, void* memory, bool training)
-      : n_(network), g_(network.geometry), layout_(g_, training), memory_(static_cast<Vec<T>*>(memory)) {}
+  // `dropout` is that of the training step, null outside of one.
+  NetworkBlocks(const Network<T>& network, void* memory, bool training, const Dropout<T>* dropout = nullptr)
+      : n_(network),
+        g_(network.geometry),
+        training_(training),
+        dropout_(dropout),
+        layout_(g_, training),
+        memory_(static_cast<Vec<T>*>(memory)) {}
 
   // What lies between the pixels of any images: once before the first ones.
   void prepare(const Images<T>& images) {
@@ -194,7 +199,7 @@ class NetworkBlocks {
 
   // Images `first` to `first` + `count` of the order, as they are before anything is dropped.
   void load(const Images<T>& images, int b, int64_t first, int64_t count) {
-    if (images.are_bytes && g_.drops(0)) {  // so is some of the background of the images before
+    if (images.are_bytes && drops(0)) {  // some of the background of the images before was dropped
       fill_background(images, b);
     }
     const int64_t pixels = g_.conv[0].in_channels * images.height * images.width;
@@ -224,13 +229,13 @@ class NetworkBlocks {
     }
   }
 
-  // From the loaded images to the last dense layer's output. Of a training step, else null; the first of the images is
-  // number `first_image` of its batch.
+  // From the loaded images to the last dense layer's output. `first_image` is the index that the first of them has in
+  // the batch of a training step: what is dropped depends on it.
   template <int Blocks>
-  void forward(const TrainingStep<T>* step, int64_t first_image) {
+  void forward(int64_t first_image) {
     for (int b = 0; b < Blocks; ++b) {
       const auto& block = layout_.block[b];
-      drop(step, 0, b, first_image, input_planes(b));
+      drop(0, b, first_image, input_planes(b));
       for (int l = 0; l < g_.num_convs; ++l) {
         const ConvGeometry& g = g_.conv[l];
         const Planes<Vec<T>> output =
@@ -238,8 +243,8 @@ class NetworkBlocks {
                 ? layer(l + 1).inner(memory_ + block.conv_input[l + 1])
                 : Planes<Vec<T>>{memory_ + block.dense[0], g.out_height() * g.out_width(), g.out_width()};
         forward_block<T>(layer(l), memory_ + block.conv_input[l], output,
-                         step != nullptr ? memory_ + block.record[l] : nullptr, memory_ + layout_.scratch);
-        drop(step, l + 1, b, first_image, output);
+                         training_ ? memory_ + block.record[l] : nullptr, memory_ + layout_.scratch);
+        drop(l + 1, b, first_image, output);
       }
     }
     for (int l = 0; l < g_.num_denses; ++l) {
@@ -247,13 +252,13 @@ class NetworkBlocks {
       Vec<T>* output[Blocks];
       for (int b = 0; b < Blocks; ++b) {
         input[b] = memory_ + layout_.block[b].dense[l];
-        output[b] = memory_ + layout_.block[b].dense_output[l];
+        output[b] = dense_output(b, l);
       }
       dense_forward<Blocks, T>(g_.dense[l], n_.dense[l].weight.value, n_.dense[l].bias.value, input, output);
-      for (int b = 0; b < Blocks && g_.drops(g_.num_convs + l + 1); ++b) {
+      for (int b = 0; b < Blocks && drops(g_.num_convs + l + 1); ++b) {
         Vec<T>* const kept = memory_ + layout_.block[b].dense[l + 1];
         std::copy(output[b], output[b] + g_.dense[l].out_features, kept);
-        drop(step, g_.num_convs + l + 1, b, first_image, {kept, 1, 1});
+        drop(g_.num_convs + l + 1, b, first_image, {kept, 1, 1});
       }
     }
     for (int b = 0; g_.output == Output::distances && b < Blocks; ++b) {
@@ -276,7 +281,7 @@ class NetworkBlocks {
 
   // From `grad_scores` to the sums of the convolutions, and the pre-activation gradients of the dense layers.
   template <int Blocks>
-  void backward(const TrainingStep<T>* step, int64_t first_image) {
+  void backward(int64_t first_image) {
     for (int b = 0; g_.output == Output::distances && b < Blocks; ++b) {
       const auto& block = layout_.block[b];
       negative_distances_gradient<T>(memory_ + block.dense[g_.num_denses], n_.codes, g_.classes,
@@ -288,8 +293,8 @@ class NetworkBlocks {
       Vec<T>* grad_input[Blocks];
       for (int b = 0; b < Blocks; ++b) {
         const auto& block = layout_.block[b];
-        drop(step, g_.num_convs + l + 1, b, first_image, {memory_ + block.grad_dense[l + 1], 1, 1});
-        dense_differentiate<T>(g_.dense[l], memory_ + block.dense_output[l], memory_ + block.grad_dense[l + 1]);
+        drop(g_.num_convs + l + 1, b, first_image, {memory_ + block.grad_dense[l + 1], 1, 1});
+        dense_differentiate<T>(g_.dense[l], dense_output(b, l), memory_ + block.grad_dense[l + 1]);
         grad[b] = memory_ + block.grad_dense[l + 1];
         grad_input[b] = memory_ + block.grad_dense[l];
       }
@@ -301,7 +306,7 @@ class NetworkBlocks {
       for (int l = g_.num_convs - 1; l >= 0; --l) {
         const ConvGeometry& g = g_.conv[l];
         const int64_t outputs = g.out_height() * g.out_width();
-        drop(step, l + 1, b, first_image, {grad, outputs, g.out_width()});
+        drop(l + 1, b, first_image, {grad, outputs, g.out_width()});
         Vec<T>* const grad_input = l > 0 ? memory_ + block.grad_conv[l] : nullptr;
         // Every lane is valid: absent images are 0 and so is the gradient of their outputs.
         backward_block<T>(layer(l), VecInt<T>{} - 1, memory_ + block.record[l], {grad, outputs, g.out_width()},
@@ -318,12 +323,19 @@ class NetworkBlocks {
   const Vec<T>* dense_grad(int b, int l) const { return memory_ + layout_.block[b].grad_dense[l + 1]; }
 
  private:
+  bool drops(int place) const { return dropout_ != nullptr && dropout_->at[place].is_active(); }
+
   // Values at `place` of block b, or their gradients, times the masks that the step has for them.
-  LF_INLINE void drop(const TrainingStep<T>* step, int place, int b, int64_t first_image, Planes<Vec<T>> values) const {
-    if (g_.drops(place)) {
-      drop_block<T>(step->drop_rules[place], step->drop_step, static_cast<uint32_t>(first_image + b * kLanes<T>),
-                    values);
+  LF_INLINE void drop(int place, int b, int64_t first_image, Planes<Vec<T>> values) const {
+    if (drops(place)) {
+      drop_block<T>(dropout_->at[place], dropout_->step, static_cast<uint32_t>(first_image + b * kLanes<T>), values);
     }
+  }
+
+  // The output of dense layer l before any of it is dropped.
+  Vec<T>* dense_output(int b, int l) const {
+    const auto& block = layout_.block[b];
+    return memory_ + (drops(g_.num_convs + l + 1) ? block.undropped[l] : block.dense[l + 1]);
   }
 
   // Where the images of block b are loaded.
@@ -342,6 +354,8 @@ class NetworkBlocks {
 
   const Network<T>& n_;
   const NetworkGeometry& g_;
+  const bool training_;
+  const Dropout<T>* const dropout_;
   NetworkLayout<T> layout_;
   Vec<T>* memory_;
 };
@@ -351,7 +365,7 @@ template <typename T>
 void network_train(const TrainingStep<T>& step, int64_t begin, int64_t end, int64_t thread) {
   constexpr int n = kLanes<T>;
   const NetworkGeometry& g = step.network->geometry;
-  NetworkBlocks<T> blocks(*step.network, step.thread_memory + step.thread_stride * thread, true);
+  NetworkBlocks<T> blocks(*step.network, step.thread_memory + step.thread_stride * thread, true, &step.dropout);
   if (step.first_chunk) {
     blocks.prepare_weights();
     blocks.clear_sums();
@@ -363,7 +377,7 @@ void network_train(const TrainingStep<T>& step, int64_t begin, int64_t end, int6
     }
     const int64_t next = first + group * n;
     blocks.prefetch(step.images, step.chunk_begin + next, step.chunk_begin + std::min<int64_t>(end, next + kGroup * n));
-    blocks.template forward<group>(&step, step.first_image + first);
+    blocks.template forward<group>(step.first_image + first);
     for (int b = 0; b < group; ++b) {
       const int64_t at = first + b * n, count = std::min<int64_t>(n, end - at);
       const auto loss = score_loss<T>(
@@ -372,7 +386,7 @@ void network_train(const TrainingStep<T>& step, int64_t begin, int64_t end, int6
       total.loss += loss.loss;
       total.correct += loss.correct;
     }
-    blocks.template backward<group>(&step, step.first_image + first);
+    blocks.template backward<group>(step.first_image + first);
     for (int b = 0; b < group; ++b) {
       const int64_t at = first + b * n, count = std::min<int64_t>(n, end - at);
       for (int l = 0; l < g.num_denses; ++l) {
@@ -462,7 +476,7 @@ void network_infer(const Network<T>& network, const Images<T>& images, int64_t b
     for (int b = 0; b < group; ++b) {
       blocks.load(images, b, first + b * n, std::min<int64_t>(n, end - first - b * n));
     }
-    blocks.template forward<group>(nullptr, 0);
+    blocks.template forward<group>(0);
     for (int b = 0; b < group; ++b) {
       const int64_t at = first + b * n, count = std::min<int64_t>(n, end - at);
       for (int64_t c = 0; c < g.classes; ++c) {

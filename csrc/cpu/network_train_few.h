@@ -66,7 +66,7 @@ struct FewTraining {
   Bands bands[kMaxConvs];
   // Of all images: inputs of the convolutions, of the dense layers with what the last one gives, distances or scores.
   int64_t conv_input[kMaxConvs], dense[kMaxDenses + 1], scores;
-  int64_t dense_output[kMaxDenses];  // the same as the next of `dense`, unless some of that is dropped
+  int64_t undropped[kMaxDenses];  // outputs of the dense layers before some are dropped
   int64_t record[kMaxConvs], grad_conv_input[kMaxConvs], grad_dense[kMaxDenses + 1];
   int64_t block, transposed, pieces, workspace, end;
 
@@ -95,8 +95,7 @@ struct FewTraining {
       most_features = std::max(most_features, features);
     }
     for (int l = 0; l < g.num_denses; ++l) {
-      const bool drops = g.drops(g.num_convs + l + 1);
-      dense_output[l] = drops ? take(images * g.dense[l].out_features) : dense[l + 1];
+      undropped[l] = take(images * g.dense[l].out_features);
     }
     scores = g.output == Output::distances ? take(images * g.classes) : dense[g.num_denses];
     block = take(g.classes * n);
@@ -162,9 +161,9 @@ class FewImages {
     for (int64_t i = 0; i < images_; ++i) {
       for (int l = 0; l < g_.num_denses; ++l) {
         const int64_t outputs = g_.dense[l].out_features;
-        const T* const output = values_ + at_.dense_output[l] + i * outputs;
-        dense_few<T>(g_.dense[l], network_.dense[l], row(at_.dense, l, i), values_ + at_.dense_output[l] + i * outputs);
-        if (const int place = g_.num_convs + l + 1; g_.drops(place)) {
+        T* const output = dense_output(l) + i * outputs;
+        dense_few<T>(g_.dense[l], network_.dense[l], row(at_.dense, l, i), output);
+        if (const int place = g_.num_convs + l + 1; drops(place)) {
           std::copy(output, output + outputs, row(at_.dense, l + 1, i));
           drop_one(place, i, row(at_.dense, l + 1, i));
         }
@@ -222,7 +221,7 @@ class FewImages {
     const DenseParameters<T>& p = network_.dense[l];
     T* const grads = values_ + at_.grad_dense[l + 1];
     drop(g_.num_convs + l + 1, grads);
-    differentiate_few<T>(dense.activation, values_ + at_.dense_output[l], grads, images_ * dense.out_features);
+    differentiate_few<T>(dense.activation, dense_output(l), grads, images_ * dense.out_features);
     T* const by_feature = values_ + at_.transposed;
     for (int64_t i = 0; i < images_; ++i) {
       for (int64_t f = 0; f < dense.out_features; ++f) {
@@ -277,18 +276,23 @@ class FewImages {
     }
   }
 
+  bool drops(int place) const { return step_.dropout.at[place].is_active(); }
+
   // Values of all images at `place`, or their gradients, times the masks that the step has for them.
   void drop(int place, T* values) const {
-    if (g_.drops(place)) {
+    if (drops(place)) {
       for (int64_t i = 0; i < images_; ++i) {
-        drop_one(place, i, values + i * step_.drop_rules[place].num_values());
+        drop_one(place, i, values + i * step_.dropout.at[place].num_values());
       }
     }
   }
 
   void drop_one(int place, int64_t i, T* values) const {
-    drop_image<T>(step_.drop_rules[place], step_.drop_step, static_cast<uint32_t>(i), values);
+    drop_image<T>(step_.dropout.at[place], step_.dropout.step, static_cast<uint32_t>(i), values);
   }
+
+  // The output of dense layer l, of all images, before any of it is dropped.
+  T* dense_output(int l) const { return values_ + (drops(g_.num_convs + l + 1) ? at_.undropped[l] : at_.dense[l + 1]); }
 
   int64_t image(int64_t i) const { return step_.images.index(step_.chunk_begin + i); }
 

@@ -58,13 +58,13 @@ __device__ inline void stage_convolutions(const NetworkPlan& n, float* shared) {
   }
 }
 
-// `drops`: some of the background around the last image may have been dropped.
-__device__ inline void load_image(const NetworkPlan& n, float* shared, int64_t index, bool drops) {
+// Where there is dropout, some of the background around the last image may have been dropped.
+__device__ inline void load_image(const NetworkPlan& n, float* shared, int64_t index, bool has_dropout) {
   const ConvPlan& first = n.conv[0];
   const AnyLayer<0>& layer = first.layer;
   float* const interior = inner_planes(first, shared);
   if (n.are_bytes) {
-    if (drops && n.drop_rules[0].drops()) {
+    if (has_dropout && n.dropout.at[0].is_active()) {
       fill_background(n, shared);
       __syncthreads();
     }
@@ -287,13 +287,14 @@ __device__ inline void dense_forward(const NetworkPlan& n, int l, float* shared,
   }
 }
 
-// grad_output becomes the gradient of z (where `drops` and some of the output is dropped, from z alone); it and the
-// input go to global memory for the weight gradient, the gradient of the input to shared memory.
+// grad_output becomes the gradient of the pre-activation z. It and the input go to global memory for the weight
+// gradient, the gradient of the input goes to shared memory. Where some of the output was dropped, the derivative of
+// the activation takes the output from z again.
 __device__ inline void dense_backward(const NetworkPlan& n, int l, float* shared, const float* output,
-                                      float* grad_output, int64_t image, bool drops, const PhaseClock& clock) {
+                                      float* grad_output, int64_t image, bool has_dropout, const PhaseClock& clock) {
   const DensePlan& dense = n.dense[l];
   const float* const weight = n.slot[4 * n.num_convs + 2 * l].value;
-  const bool is_masked = drops && n.drop_rules[n.num_convs + l + 1].drops();
+  const bool is_masked = has_dropout && n.dropout.at[n.num_convs + l + 1].is_active();
   for (int out = threadIdx.x; out < dense.out_features; out += kNetworkThreads) {
     with_activation(dense.activation, [&](auto A) {
       const float z = shared[dense.z + out];
@@ -411,9 +412,9 @@ __device__ inline void score_backward(const NetworkPlan& n, float* shared) {
 // the warp that has the fewest of those.
 __device__ inline bool talks_to_host() { return blockIdx.x + 1 == gridDim.x && threadIdx.x + 1 == blockDim.x; }
 
-// Forward, loss and backward of the block's images of a step. K: the kernel size of all convolutions, 0 for any. Drops:
-// whether there may be dropout, which costs networks without it nothing that way.
-template <int K, bool Drops>
+// Forward, loss and backward of the block's images of a step. K is the kernel size of all convolutions, 0 stands for
+// any. HasDropout is false for networks without dropout, which it costs nothing that way.
+template <int K, bool HasDropout>
 __device__ void train_images(const NetworkPlan& n, float* shared, int step) {
   PhaseClock clock(step);
   const int64_t begin = step * n.batch_size;
@@ -434,14 +435,14 @@ __device__ void train_images(const NetworkPlan& n, float* shared, int step) {
     if (!is_first) {
       clock.next_round();
     }
-    // Of the values at `place`, or of their gradients, which all threads have written.
+    // Drops some of the values at `place`, or of their gradients, which all threads have written.
     const auto drop_at = [&](int place, float* values, int plane, int stride) {
-      if (Drops && n.drop_rules[place].drops()) {
-        drop(n, place, {n.first_step + step, static_cast<uint32_t>(image)}, values, plane, stride);
+      if (HasDropout && n.dropout.at[place].is_active()) {
+        drop(n.dropout, place, {n.dropout.step.index + step, static_cast<uint32_t>(image)}, values, plane, stride);
         __syncthreads();
       }
     };
-    load_image(n, shared, index, Drops);
+    load_image(n, shared, index, HasDropout);
     clock.end(Phase::load);
     drop_at(0, inner_planes(n.conv[0], shared), n.conv[0].plane, n.conv[0].stride);
     for (int l = 0; l < n.num_convs; ++l) {
@@ -473,7 +474,7 @@ __device__ void train_images(const NetworkPlan& n, float* shared, int step) {
     for (int l = n.num_denses - 1; l >= 0; --l) {
       float* const grad_output = shared + (l + 1 < n.num_denses ? n.dense[l + 1].grad_input : n.grad_output);
       drop_at(n.num_convs + l + 1, grad_output, 1, 1);
-      dense_backward(n, l, shared, output_of(l), grad_output, image, Drops, clock);
+      dense_backward(n, l, shared, output_of(l), grad_output, image, HasDropout, clock);
       clock.end(Phase::dense_gradient, l);
     }
     for (int l = n.num_convs - 1; l >= 0; --l) {

@@ -70,9 +70,7 @@ struct NetworkPlan {
   int64_t num_images, total, batch_size;  // total: of `order`
   float extra_score;                      // -j
   float label_smoothing;
-  uint64_t seed;        // of the masks of dropout
-  uint32_t first_step;  // the number that they have of the first step
-  DropRules<float> drop_rules[kMaxDrops];
+  Dropout<float> dropout;  // of the first step, from whose index on the later ones are counted
 
   int steps;
   const double* learning_rates;  // (steps)

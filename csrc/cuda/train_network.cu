@@ -25,13 +25,13 @@ __device__ inline UpdateMemory& update_memory(const NetworkPlan& n, float* share
   return *reinterpret_cast<UpdateMemory*>(shared + n.update);
 }
 
-template <int K, bool Drops>
+template <int K, bool HasDropout>
 __global__ void __launch_bounds__(kNetworkThreads, 1) train_steps(const __grid_constant__ NetworkPlan n) {
   float* const shared = reinterpret_cast<float*>(shared_memory());
   clear_borders(n, shared);
   for (int step = 0; step < n.steps; ++step) {
     const PhaseClock clock(step);
-    train_images<K, Drops>(n, shared, step);
+    train_images<K, HasDropout>(n, shared, step);
     cooperative_groups::this_grid().sync();
     clock.stamp(Phase::first_barrier);
     if (!update_parameters(n, update_memory(n, shared), step)) {
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kNetworkThreads, 1) train_steps(const __grid_c
 
 // The phases as launches. A graph repeats its launches with the arguments they had, so which step it is lies in memory;
 // each phase reads its own number and writes that of the other, which does not run.
-template <int K, bool Drops>
+template <int K, bool HasDropout>
 __global__ void __launch_bounds__(kNetworkThreads, 1) train_images_phase(const __grid_constant__ NetworkPlan n) {
   const int step = *n.images_step;
   if (talks_to_host()) {
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kNetworkThreads, 1) train_images_phase(const _
   }
   float* const shared = reinterpret_cast<float*>(shared_memory());
   clear_borders(n, shared);
-  train_images<K, Drops>(n, shared, step);
+  train_images<K, HasDropout>(n, shared, step);
 }
 
 static __global__ void __launch_bounds__(kNetworkThreads, 1) update_phase(const __grid_constant__ NetworkPlan n) {
@@ -266,11 +266,7 @@ NetworkPlan complete_plan(const TrainingRun& run) {
   n.batch_size = run.batch_size;
   n.extra_score = run.extra_score;
   n.label_smoothing = run.label_smoothing;
-  n.seed = run.first_step.seed;
-  n.first_step = run.first_step.step;
-  for (int place = 0; place < run.network.geometry.num_drops(); ++place) {
-    n.drop_rules[place] = drop_rules<float>(run.network.geometry, place);
-  }
+  n.dropout = run.dropout;
   n.steps = static_cast<int>(steps_of(run));
   n.losses = run.losses;
   n.correct = run.correct;
@@ -300,13 +296,13 @@ constexpr int kGraphSteps = 16;
 constexpr int kQueuedSteps = 32 * kGraphSteps;
 
 // Two launches a step, of `n.steps` steps.
-template <int K, bool Drops>
+template <int K, bool HasDropout>
 void launch_phases(const NetworkPlan& n, cudaStream_t stream) {
   const int64_t blocks = multiprocessors();
   const size_t bytes = shared_bytes(n);
   const auto queue = [&](int steps, cudaStream_t on) {
     for (int step = 0; step < steps; ++step) {
-      launch(&train_images_phase<K, Drops>, "train_images_phase", blocks, kNetworkThreads, bytes, on, n);
+      launch(&train_images_phase<K, HasDropout>, "train_images_phase", blocks, kNetworkThreads, bytes, on, n);
       launch(&update_phase, "update_phase", blocks, kNetworkThreads, bytes, on, n);
     }
   };
@@ -322,17 +318,17 @@ void launch_phases(const NetworkPlan& n, cudaStream_t stream) {
   }
 }
 
-template <int K, bool Drops>
+template <int K, bool HasDropout>
 void launch_steps(NetworkPlan n, cudaStream_t stream) {
   launch(&clear_results, "clear_results", 4, 256, 0, stream,
          Results{n.losses, n.correct, n.stopped, n.images_step, n.steps});
   const auto launch_all = [&] {
-    return launch_cooperative(&train_steps<K, Drops>, "train_steps", multiprocessors(), kNetworkThreads,
+    return launch_cooperative(&train_steps<K, HasDropout>, "train_steps", multiprocessors(), kNetworkThreads,
                               shared_bytes(n), stream, n);
   };
   if (!may_cooperate() || !launch_all()) {
     n.steps = n.watch != nullptr ? std::min(n.steps, kQueuedSteps) : n.steps;
-    launch_phases<K, Drops>(n, stream);
+    launch_phases<K, HasDropout>(n, stream);
   }
   launch(&count_steps, "count_steps", 1, 32, 0, stream, n);
 }
@@ -371,10 +367,10 @@ size_t workspace_bytes(const TrainingRun& run) {
 void train(const TrainingRun& run, void* workspace, cudaStream_t stream) {
   NetworkPlan n = complete_plan(run);
   place(run, n, workspace, stream);
-  const auto with_kernel_size = [&](auto drops) {
-    all_five(n) ? launch_steps<5, drops.value>(n, stream) : launch_steps<0, drops.value>(n, stream);
+  const auto with_kernel_size = [&](auto has_dropout) {
+    all_five(n) ? launch_steps<5, has_dropout.value>(n, stream) : launch_steps<0, has_dropout.value>(n, stream);
   };
-  run.network.geometry.drops() ? with_kernel_size(std::true_type{}) : with_kernel_size(std::false_type{});
+  run.dropout.is_active() ? with_kernel_size(std::true_type{}) : with_kernel_size(std::false_type{});
 }
 
 }  // namespace lenet_fast::cuda

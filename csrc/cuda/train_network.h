@@ -11,7 +11,7 @@
 namespace lenet_fast::cuda {
 
 struct TrainingRun {
-  Network<float> network;    // values and moments; gradients unused. Its geometry says what is dropped
+  Network<float> network;    // values and moments; gradients unused
   float* counts[kMaxSlots];  // steps taken before, by slot; null where not counted
   bool trained[kMaxSlots];
   OptimizerSettings settings;
@@ -19,7 +19,7 @@ struct TrainingRun {
   int64_t num_images, total, batch_size;  // total: images in all steps together
   const int64_t* labels;
   float extra_score, label_smoothing;
-  DropStep first_step;                 // whose masks the first step takes
+  Dropout<float> dropout;              // of the first step
   std::vector<double> learning_rates;  // one a step
   double* losses;                      // (steps): of a step that was not taken, and of all after it, NaN
   int64_t* correct;                    // (steps)
