@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from . import ops, reference
 from .dynamo import _guard_modules
+from .eager import in_plain_modes
 from .fusable import ACTIVATIONS, POOLS, LeftAlone, read_call
 from .links import LAYERS, NO_LAYER, Link, NetworkError
 from .tables import Connections
@@ -61,15 +62,17 @@ def read_forward(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, d
     """
     from torch._dynamo.exc import FailOnRecompileLimitHit  # which takes a second
 
-    cls, example = type(model), _example(shape, dtype, device)
+    cls = type(model)
     _found.reading = None
     restore_settings = _settings()()
     try:
-        try:
-            outcome = _call_of(cls)(model, example)
-        except FailOnRecompileLimitHit:
-            _calls.pop(cls, None)
-            outcome = _call_of(cls)(model, example)
+        with in_plain_modes(device.type):  # those of a training step
+            example = _example(shape, dtype, device)
+            try:
+                outcome = _call_of(cls)(model, example)
+            except FailOnRecompileLimitHit:
+                _calls.pop(cls, None)
+                outcome = _call_of(cls)(model, example)
     except Exception as error:  # whatever a forward or Dynamo raises
         raise NetworkError(_reason(cls, error)) from None
     finally:
@@ -145,7 +148,11 @@ def _reason(cls: type[nn.Module], error: Exception) -> str:
 
 def _backend(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., tuple]:
     """What Dynamo hands a graph to: reads it, and computes nothing."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
     links, places = read_graph(module.graph)
+    if InstructionTranslator.current_tx().output.side_effects.tensor_hooks:
+        raise LeftAlone("its forward gives tensors hooks, which native steps do not call")
     _guard_modules()
 
     def found(*values: Any) -> tuple:
@@ -292,6 +299,7 @@ def _distances(chain: list[fx.Node], at: int) -> _Found:
     if (
         (unsqueeze.args[1:], square.args[1:], total.args[1:]) != ((-2,), (), (-1,))
         or any(node.kwargs for node in nodes)
+        or _layer_of(subtract) is None  # what decides on the loss is the RBF layer, see `Loss`
         or not (isinstance(codes, fx.Node) and codes.op == "placeholder" and _value(codes) is not None)
         or subtract.args[0] is not unsqueeze
         or len(_value(chain[at - 1]).shape) != 2
@@ -326,8 +334,9 @@ def _reshaping(chain: list[fx.Node], at: int) -> _Found:
         return _NOTHING
     label = call_label(chain[end - 1])
     before, after = _value(chain[at - 1]), _value(chain[end - 1])
-    if (before.dtype, before.device) != (after.dtype, after.device):
-        raise LeftAlone(f"{label}: makes {after.dtype} of {before.dtype}")
+    for node in chain[at:end]:  # of all: values are rounded where a dtype changes and changes back
+        if (_value(node).dtype, _value(node).device) != (before.dtype, before.device):
+            raise LeftAlone(f"{call_label(node)}: makes {_value(node).dtype} of {before.dtype}")
     if not after.dim() or not _same(before.shape[0], after.shape[0]):
         raise LeftAlone(f"{label}: makes {_sizes(after)} of {_sizes(before)}, whose first dimension are the images")
     old, new = tuple(before.shape[1:]), tuple(after.shape[1:])
@@ -435,7 +444,7 @@ def _dropout(label: str, node: fx.Node) -> Link:
 
 def _log_softmax(label: str, node: fx.Node) -> Link:
     given = _arguments(node, "input", "dim")
-    if given.get("dtype") is not None:
+    if _value(node).dtype != _value(node.all_input_nodes[0]).dtype:
         raise LeftAlone("in another dtype")
     return Link(label, "log_softmax", {"dim": given.get("dim")})
 

@@ -1,12 +1,13 @@
 """What a call has to know of its surroundings: who listens to operators, and whether a tensor has memory."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["PLAIN_TENSORS", "among_real_tensors", "check_memory", "is_intercepted", "is_replaced"]
+__all__ = ["PLAIN_TENSORS", "among_real_tensors", "check_memory", "in_plain_modes", "is_intercepted", "is_replaced"]
 
 PLAIN_TENSORS = (Tensor, nn.Parameter)  # types without a dispatch of their own, as fake tensors have
 
@@ -35,6 +36,16 @@ def among_real_tensors() -> AbstractContextManager:
     if torch.compiler.is_compiling() or not _len_torch_dispatch_stack():
         return nullcontext()  # the other imports much
     return _disable_current_modes()
+
+
+@contextmanager
+def in_plain_modes(device_type: str) -> Iterator[None]:
+    """A context in which gradients are recorded and nothing is cast: what surrounds a training is not for its steps."""
+    if torch.is_grad_enabled() and not (torch.is_inference_mode_enabled() or torch.is_autocast_enabled(device_type)):
+        yield
+        return
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device_type, enabled=False):
+        yield
 
 
 def check_memory(name: str, tensor: Tensor) -> None:

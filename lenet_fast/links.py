@@ -71,11 +71,21 @@ def links_of_layers(model: nn.Module) -> list[Link] | None:
     return links if complete else None
 
 
-def _layers_of(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """The layers that a forward calls one after the other, as far as containers say so."""
+def _calls_its_layers(kind: type[nn.Module]) -> bool:
+    """Whether a call of such a module is calls of its layers, one after the other, and nothing else."""
     from .lenet import LeNet  # whose own forward reads it, too
 
-    if type(module).forward in (nn.Sequential.forward, LeNet.forward) and not is_observed(module):
+    return (
+        kind.forward in (nn.Sequential.forward, LeNet.forward)
+        and kind.__iter__ is nn.Sequential.__iter__
+        and kind.__call__ is nn.Module.__call__
+        and kind._call_impl is nn.Module._call_impl
+    )
+
+
+def _layers_of(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """The layers that a forward calls one after the other, as far as containers say so."""
+    if _calls_its_layers(type(module)) and not is_observed(module):
         for own, child in module._modules.items():
             yield from _layers_of(child, f"{name}.{own}" if name else own)
     else:

@@ -60,6 +60,8 @@ class Loss:
             return "loss: native steps have cross-entropy, and the MAP loss behind an RBF layer"
         if any(getattr(given, name, value) != value for name, value in plain.items()):
             return "loss: native steps have no weights of classes, and the mean of a batch alone"
+        if not 0 <= getattr(given, "label_smoothing", 0.0) <= 1:
+            return "loss: native steps have a label_smoothing from 0 to 1"
         if getattr(given, "ignore_index", -100) >= 0:
             return "loss: native steps ignore no class"
         return None

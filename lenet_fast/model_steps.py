@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .dynamo import compiled_forward
-from .eager import check_memory
+from .eager import check_memory, in_plain_modes
 from .loss import Loss
 
 __all__ = ["ModelSteps"]
@@ -36,7 +36,8 @@ class ModelSteps:
         self.optimizer = optimizer
         self._loss = loss
         self._prepare = prepare
-        self._forward = compiled_forward(model)
+        # compiled_forward calls forward and hooks, and knows nothing of a `__call__` of the model's own.
+        self._forward = compiled_forward(model) if type(model).__call__ is nn.Module.__call__ else model
 
     def take(
         self, images: Tensor, labels: Tensor, order: Tensor | None, batch_size: int, rates: Sequence[float]
@@ -52,12 +53,7 @@ class ModelSteps:
                 check_memory(name, tensor)
         self._check_state()
         largest = self._largest(labels if order is None else labels.index_select(0, order))
-        # What surrounds a training is not for its steps.
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast(images.device.type, enabled=False),
-        ):
+        with in_plain_modes(images.device.type):
             losses, correct = self._take_all(images, labels, order, batch_size, rates, largest)
         return torch.tensor(losses, dtype=torch.float64), torch.stack(correct).cpu()
 

@@ -219,6 +219,8 @@ class Network:
         self._flattened = True
 
     def _take_maps(self, link: Link) -> None:
+        if not self.layers[-1].is_dense:
+            raise LeftAlone("makes maps of one value each of larger ones")
         self._flattened = False
 
     def _take_pool(self, link: Link, name: str) -> None:

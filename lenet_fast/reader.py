@@ -67,11 +67,14 @@ class Reader:
             and all(layer.training is mode for layer, mode in self._dropouts)
         ):
             return
+        self._refusal: str | None = None
+        self._network: Network | None = None
+        if any(isinstance(layer, torch.jit.ScriptModule) for layer in self.model.modules()):
+            self._refusal = f"{type(self.model).__name__}: native steps do not read TorchScript"
+            return
         self._snapshot = Snapshot(self.model)
         dropouts = (layer for layer in self.model.modules() if isinstance(layer, nn.Dropout | nn.Dropout2d))
         self._dropouts = [(layer, layer.training) for layer in dropouts]  # of whose modes a snapshot knows nothing
-        self._network: Network | None = None
-        self._refusal: str | None = None
         self._captured: tuple[Reading, Network] | None = None
         self._unread: dict[tuple, str] = {}  # why batches of a shape, in a mode of the model, have no network
         try:

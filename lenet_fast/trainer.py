@@ -171,10 +171,11 @@ class FusedTrainer:
             RuntimeError (on CUDA a ValueError): a label out of range; nothing was trained.
         """
         images, labels = self._check_data(images, labels)
+        number = len(labels)
         if images.is_cuda:
-            self._steps.check(images, labels, len(labels))
+            self._steps.check(images, labels, number)
         rates = [self._steps.group()["lr"]]
-        losses, _ = self._steps.take(images, labels, None, len(labels), rates, Masks(generator))
+        losses, _ = self._steps.take(images, labels, None, number, rates, Masks(generator))
         (loss,) = losses.tolist()
         if not math.isfinite(loss):
             raise TrainingError(_not_finite(1))
@@ -340,13 +341,14 @@ class FusedTrainer:
 
     def _check_data(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Images and labels as steps take them: contiguous, labels int64 where they are classes."""
+        device = self._steps.device
         for name, value in (("images", images), ("labels", labels)):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
             if value.dtype in _CONVERTED or not value.is_contiguous():  # the native step checks what it takes as it is
                 check_memory(name, value)
-            if value.device != self._steps.device:
-                raise ValueError(f"{name}: expected on {self._steps.device} as the model is, got {value.device}")
+            if value.device != device:
+                raise ValueError(f"{name}: expected on {device} as the model is, got {value.device}")
         if labels.shape[:1] != images.shape[:1] or not labels.dim() or not len(labels):
             raise ValueError(
                 f"labels: expected ({len(images)},), one an image and at least one, got {tuple(labels.shape)}"

@@ -22,6 +22,11 @@ from .training_operands import TrainingOperands, device_queues
 
 __all__ = ["Masks", "TrainingSteps"]
 
+_UNKNOWN = {  # settings that torch.optim has and steps have not, by kind of optimizer
+    "sgd": ("dampening", "maximize"),
+    "adam": ("amsgrad", "maximize", "decoupled_weight_decay"),
+    "adamw": ("amsgrad", "maximize"),
+}
 _NATIVE = "whole steps in native code"
 _BY_GRAPHS = "CUDA graphs of the operators, autograd and torch.optim"
 _BY_AUTOGRAD = "accelerated forward, autograd and torch.optim"
@@ -110,7 +115,7 @@ class TrainingSteps:
         groups = self.optimizer.param_groups
         if len(groups) != 1:
             raise ValueError(f"optimizer: expected one group of parameters, got {len(groups)}")
-        for name in ("dampening", "maximize", "amsgrad"):
+        for name in _UNKNOWN[self._kind]:
             if groups[0].get(name):
                 raise ValueError(f"optimizer: the fused trainer has no {name}, got {groups[0][name]!r}")
         return groups[0]
@@ -125,7 +130,8 @@ class TrainingSteps:
         """
         if images is None and self.input_spec is not None:
             kinds = nn.Conv2d | FusedConv2d
-            channels = next((layer.in_channels for layer in self.model.modules() if isinstance(layer, kinds)), 1)
+            # Of the first layer, which has the fewest: layers need not be in the order in which a forward calls them.
+            channels = min((layer.in_channels for layer in self.model.modules() if isinstance(layer, kinds)), default=1)
             shape = 2, channels, self.input_spec.size, self.input_spec.size
             images = torch.empty(shape, dtype=torch.uint8, device=self.device)
         with _in_training_mode(self.model):
@@ -167,16 +173,20 @@ class TrainingSteps:
         """
         operands = self.operands
         prepared = images.dtype == torch.uint8 and self.input_spec is not None
+        if self.optimizer._optimizer_step_pre_hooks or self.optimizer._optimizer_step_post_hooks:
+            return "optimizer: has hooks, which native steps do not call"
         try:
             self._look(self._batches(images, number, batch_size), None if prepared else images.dtype)
             self._check_images(images)
             self._image = image = operands.network.image or self._prepared_shape(images)
+            if prepared and image != self._prepared_shape(images):
+                raise NetworkError(f"uint8 images of {self._prepared_shape(images)} become {image} in the forward")
             classes = operands.numbers(image)[4]
             if operands.dropout and (refusal := operands.refusal(image)):
                 raise NetworkError(f"dropout: CUDA graphs of the operators have none, and {refusal}")
-        except SizeError:
-            raise
         except NetworkError as error:
+            if isinstance(error, SizeError) and not operands.reader.is_handwritten:
+                raise
             return str(error)
         if labels is None or self._loss.given is None or _are_classes(labels, classes):
             return None
@@ -281,12 +291,12 @@ class TrainingSteps:
         settings = self._refresh()
         operands, spec, image = self.operands, self.input_spec, self._image
         torch.autograd.graph.increment_version(operands.trained)
+        if operands.network.image is not None and images.dtype != torch.uint8:
+            images = images.reshape(len(images), *image)
         if (refusal := operands.refusal(image)) is not None:
             operands.warn_of(refusal)
             return self._graphs(settings)(images, labels, order, batch_size, rates)
         scale, background = (0.0, 0.0) if spec is None else ((spec.foreground - spec.background) / 255, spec.background)
-        if operands.network.image is not None and images.dtype != torch.uint8:
-            images = images.reshape(len(images), *image)
         j, label_smoothing = self._loss.settings()
         return torch.ops.lenet_fast.network_train(
             operands.numbers(image),

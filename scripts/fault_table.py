@@ -152,8 +152,8 @@ PYTHON = (
     Fault(
         "digits are padded with 0 instead of the background",
         "lenet_fast/lenet.py",
-        "value=self.background).unsqueeze(1)",
-        "value=0.0).unsqueeze(1)",
+        "value=self.background)",
+        "value=0.0)",
         "tests/test_models.py::test_prepare_maps_0_to_background_and_255_to_foreground_and_pads",
     ),
     Fault(

@@ -1082,3 +1082,180 @@ def test_two_trainers_of_one_model():
         optimizer.step()
         assert trainer.step(images, labels) == pytest.approx(loss.item(), rel=1e-10)
     assert_close(model, twin)
+
+
+# --- what looks like a network of native steps and is none -----------------------------------------------------------
+
+
+class Cast(Net):
+    """Rounds what it computes to whole numbers, and returns to the dtype it had."""
+
+    def forward(self, x):
+        return self.classes(self.features(x).to(torch.int32).to(torch.float64).flatten(1))
+
+
+class CastAlone(Net):
+    def forward(self, x):
+        return self.classes(self.features(x).to(torch.float32).to(torch.float64).flatten(1))
+
+
+class OtherSoftmax(Net):
+    def forward(self, x):
+        return torch.log_softmax(self.classes(self.features(x).flatten(1)), 1, torch.float32)
+
+
+class Maps(Net):
+    """Makes a map of each value of larger maps, behind which channels are others than before."""
+
+    def __init__(self):
+        super().__init__()
+        self.mixing = nn.Conv2d(24, 24, 1).double()
+
+    def forward(self, x):
+        return self.classes(F.relu(self.mixing(self.features(x).view(-1, 24, 1, 1))).flatten(1))
+
+
+class DroppedMaps(Net):
+    def forward(self, x):
+        return self.classes(F.dropout2d(self.features(x).view(-1, 24, 1, 1), 0.5, self.training).flatten(1))
+
+
+class Hooking(Net):
+    """Gives a parameter a hook at every call, which has to happen once a step."""
+
+    def forward(self, x):
+        self.dense.weight.register_hook(lambda grad: 0.5 * grad)
+        return self.classes(self.features(x).flatten(1))
+
+
+class Calling(Net):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+    def forward(self, x):
+        return self.classes(self.features(x).flatten(1))
+
+
+class Prototypes(Net):
+    """Distances that no RBF layer computes are scores to the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("codes", torch.rand(4, 9, dtype=torch.float64))
+
+    def forward(self, x):
+        x = torch.relu(self.dense(self.features(x).flatten(1)))
+        return (x.unsqueeze(-2) - self.codes).square().sum(-1)
+
+
+NO_NETWORKS = {
+    Cast: "to(torch.int32): makes torch.int32 of torch.float64",
+    CastAlone: "to(torch.float32): makes torch.float32 of torch.float64",
+    OtherSoftmax: "in another dtype",
+    Maps: "view(-1, 24, 1, 1): makes maps of one value each of larger ones",
+    DroppedMaps: "view(-1, 24, 1, 1): makes maps of one value each of larger ones",
+    Hooking: "hooks",
+    Calling: "mul(2)",
+    Prototypes: "unsqueeze(-2): makes (N, 1, 9) of (N, 9)",
+}
+
+
+@pytest.mark.parametrize("kind", NO_NETWORKS)
+def test_forwards_that_look_like_networks(kind):
+    assert_trains_as_plain(kind(), NO_NETWORKS[kind], atol=1e-7 if kind is OtherSoftmax else 1e-10)
+
+
+def test_a_sequential_that_is_called_in_a_way_of_its_own():
+    class Twice(nn.Sequential):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    class Also(nn.Sequential):
+        def _call_impl(self, x):
+            return 2 * super()._call_impl(x)
+
+    class More(nn.Sequential):
+        def __iter__(self):
+            return iter([*self._modules.values(), nn.Softmax(1)])
+
+    for kind in (Twice, Also, More):
+        assert_trains_as_plain(kind(*lenet()), "")
+
+
+def test_torchscript_goes_by_autograd():
+    twin = View()
+    model = torch.jit.trace(View(), data()[0])
+    images, labels = data()
+    trainer = FusedTrainer(model, lr=0.1)
+    loss = F.cross_entropy(twin(images), labels)
+    loss.backward()
+    torch.optim.SGD(twin.parameters(), lr=0.1).step()
+    assert trainer.step(images, labels) == pytest.approx(loss.item(), rel=1e-10)
+    assert_close(model, twin)
+    assert "native steps do not read TorchScript" in trainer.how()
+
+
+@pytest.mark.parametrize("surrounding", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu")])
+def test_a_forward_is_read_in_the_modes_of_a_step(surrounding):
+    class Looking(Net):
+        def forward(self, x):
+            plain = torch.is_grad_enabled() and not torch.is_autocast_enabled()
+            return self.output((torch.relu if plain else torch.tanh)(self.dense(self.features(x).flatten(1))))
+
+    model = Looking()
+    images, labels = data()
+    expected = F.cross_entropy(model(images), labels).item()
+    trainer = FusedTrainer(model, lr=0.0)
+    for inside in (True, False):
+        with surrounding() if inside else torch.enable_grad():
+            assert trainer.step(images, labels) == pytest.approx(expected, rel=1e-12)
+            assert trainer.how(images) == NATIVE
+
+
+def test_bytes_that_get_another_shape_in_the_forward():
+    class Folded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.output = nn.Conv2d(4, 4, 3), nn.Linear(16, 4)
+
+        def forward(self, x):
+            return self.output(F.max_pool2d(F.relu(self.conv(x.view(-1, 4, 6, 6))), 2).flatten(1))
+
+    spec = models.InputSpec(size=12, background=0.0, foreground=1.0)
+    pixels = torch.randint(256, (8, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    model = Folded()
+    expected = F.cross_entropy(model(spec.prepare(pixels)), data()[1]).item()
+    trainer = FusedTrainer(model, lr=0.1, input_spec=spec)
+    assert trainer.step(pixels, data()[1]) == pytest.approx(expected, rel=1e-5)
+    assert "become (4, 6, 6) in the forward" in trainer.how(pixels)
+
+
+def test_hooks_of_the_optimizer_are_called():
+    trainer, calls = FusedTrainer(lenet(), lr=0.1), []
+    handle = trainer.optimizer.register_step_post_hook(lambda *of: calls.append(of))
+    trainer.step(*data())
+    assert len(calls) == 1
+    assert "optimizer: has hooks" in trainer.how(data()[0])
+    handle.remove()
+    trainer.step(*data())
+    assert len(calls) == 1
+
+
+def test_state_of_another_optimizer_is_named():
+    trainer = FusedTrainer(lenet(), "adam", lr=0.1)
+    with pytest.raises(ValueError, match="the fused trainer has no decoupled_weight_decay"):
+        trainer.load_state_dict(FusedTrainer(lenet(), "adamw", lr=0.1).state_dict())
+
+
+def test_how_knows_the_channels_of_a_forward_that_calls_its_layers_in_another_order():
+    class Backwards(Net):
+        def __init__(self):
+            super().__init__()
+            self._modules = dict(reversed(self._modules.items()))
+
+        def forward(self, x):
+            return self.classes(self.features(x).flatten(1))
+
+    spec = models.InputSpec(size=12, background=0.0, foreground=1.0)
+    assert FusedTrainer(Backwards(), lr=0.1, input_spec=spec, native_only=True).how() == NATIVE
