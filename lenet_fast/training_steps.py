@@ -126,7 +126,8 @@ class TrainingSteps:
         """What takes the steps on batches like `images`, in one line.
 
         Args:
-            images: None: of the size that `input_spec` says, or of any size where the answer is the same for all.
+            images: None: of the size that `input_spec` says, or of any size where the answer is the same for all, or
+                else as in the last steps.
         """
         if images is None and self.input_spec is not None:
             kinds = nn.Conv2d | FusedConv2d
@@ -144,6 +145,8 @@ class TrainingSteps:
                     return f"{_BY_AUTOGRAD}: {error}"
                 if not device_queues(self.device):
                     return _NATIVE
+        if self._said is not None:
+            return self._said[1]
         return "not known before the first batch: how(images) tells"
 
     def _say_early(self) -> None:

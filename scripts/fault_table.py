@@ -95,7 +95,7 @@ PYTHON = (
     ),
     Fault(
         "a view that puts two images together is taken for a flattening",
-        "lenet_fast/captured.py",
+        "lenet_fast/calls.py",
         "if not after.dim() or not _same(before.shape[0], after.shape[0]):",
         "if not after.dim():",
         "tests/test_any_model.py::test_forwards_that_someone_wrote",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lenet_fast import functional, reference
-from lenet_fast.captured import CALLS, SAME_VALUES, links_of_calls
+from lenet_fast.calls import CALLS, SAME_VALUES, links_of_calls
 from lenet_fast.fusable import ACTIVATIONS, CONV_OPTIONS, POOLS, LeftAlone
 from lenet_fast.links import LAYERS, Link
 from lenet_fast.network import Network, NetworkError

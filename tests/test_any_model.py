@@ -962,6 +962,8 @@ def test_how_before_the_first_batch():
     trainer = FusedTrainer(View(), lr=0.1)
     assert trainer.how() == "not known before the first batch: how(images) tells"
     assert trainer.how(data()[0]) == NATIVE
+    trainer.step(*data())
+    assert trainer.how() == NATIVE  # as the last step was
     spec = models.InputSpec(size=12, background=0.0, foreground=1.0)
     assert FusedTrainer(View(), lr=0.1, input_spec=spec).how() == NATIVE
     assert "BatchNorm2d" in FusedTrainer(Normed(), lr=0.1, input_spec=spec).how()
