@@ -8,6 +8,7 @@ model is now.
 `accelerate` the function hides this module's name in the package; `from lenet_fast.accelerate import report` works.
 """
 
+import collections
 import copy
 import copyreg
 import logging
@@ -22,11 +23,12 @@ from torch import nn
 from .dynamo import Listener, attached_call
 from .fusable import ACTIVATIONS, NO_POOLING, POOLS, is_observed
 from .nn import ConvActPool2d, FusedConv2d
-from .runs import NOT_CALLED, Captured, CapturedRun, read_sequential
+from .runs import NOT_CALLED, WATCHED, Captured, CapturedRun, read_sequential
 
 __all__ = ["Report", "Run", "accelerate", "report", "restore"]
 
 Model = TypeVar("Model", bound=nn.Module)
+NOTHING_COMPILED = "Dynamo compiled nothing: is it switched off (TORCHDYNAMO_DISABLE, torch.compiler.set_stance)?"
 _log = logging.getLogger(__name__)
 
 
@@ -120,7 +122,9 @@ def report(model: nn.Module, *example_inputs: Any) -> Report:
     for path, module in model.named_modules():
         if record := _attached(module):
             found.update((run.within(path), None) for run in record.runs())
-    if not found and type(model).forward is nn.Sequential.forward and not is_observed(model):
+    record = _attached(model)
+    is_new = not record or not (record.called or record.was_watched)
+    if is_new and not found and type(model).forward is nn.Sequential.forward and not is_observed(model):
         found.update((Run(run.parts, run.reason), None) for run in read_sequential(model))
     seen = {run.layers[0] for run in found}
     for path, layer in model.named_modules():
@@ -141,14 +145,19 @@ def _why_not_seen(model: nn.Module, path: str) -> str:
     """Why no graph that was compiled contains a convolution."""
     if not path:
         return NO_POOLING
-    called = False
+    called = compiled = watched = False
     while path:
         path = path.rpartition(".")[0]
         record = _attached(model.get_submodule(path))
         if record and record.breaks:
             return f"PyTorch runs its forward, as Dynamo says: {next(iter(record.breaks))}"
-        called |= bool(record and record.called)
-    return "no call has reached it" if called else NOT_CALLED
+        if record:
+            called |= record.called
+            compiled |= bool(record.graphs)
+            watched |= record.was_watched
+    if called:
+        return "no call has reached it" if compiled else NOTHING_COMPILED
+    return WATCHED if watched else NOT_CALLED
 
 
 def restore(model: Model) -> Model:
@@ -182,6 +191,7 @@ def _check_module(model: nn.Module) -> None:
 
 # --- attaching -------------------------------------------------------------------------------------------------------
 
+_accelerated: collections.Counter[type] = collections.Counter()  # how many modules of each class live
 _SLOT = "_compiled_call_impl"  # where nn.Module.compile puts what calls of the module run instead
 
 
@@ -192,11 +202,21 @@ class _Record(Listener):
         super().__init__()
         self._model = weakref.ref(model)
         self.graphs: dict[Captured, tuple[Run, ...]] = {}
+        self.was_watched = False
 
     def take_first_call(self) -> None:
         """Warn of what no graph of the first call contains."""
         super().take_first_call()
         _warn(run for run in report(self._model()).left_alone if run not in self.runs())
+
+    def take_watched_call(self) -> None:
+        """Warn once, of the whole model."""
+        if not self.was_watched:
+            model = self._model()
+            for module in model.modules():
+                if record := _attached(module):
+                    record.was_watched = True
+            _log.warning("%s: %s", type(model).__name__, WATCHED)
 
     def runs(self) -> dict[Run, None]:
         return {run: None for runs in self.graphs.values() for run in runs}
@@ -253,7 +273,24 @@ def _attach(module: nn.Module) -> None:
     call = attached_call(module, record)
     call.lenet_fast_record = record  # type: ignore[attr-defined]  # a function, which torch.jit.script lets be
     module.__dict__[_SLOT] = call
-    copyreg.dispatch_table.setdefault(type(module), _reduce)
+    _copy_accelerated(module)
+
+
+def _copy_accelerated(module: nn.Module) -> None:
+    """Have modules of this class copied and pickled by `_reduce` as long as `module` lives."""
+    kind = type(module)
+    _accelerated[kind] += 1
+    copyreg.dispatch_table.setdefault(kind, _reduce)
+    weakref.finalize(module, _forget, kind).atexit = False
+
+
+def _forget(kind: type) -> None:
+    """One accelerated module of this class is gone; after the last one, nothing here keeps the class alive."""
+    _accelerated[kind] -= 1
+    if not _accelerated[kind]:
+        del _accelerated[kind]
+        if copyreg.dispatch_table.get(kind) is _reduce:
+            del copyreg.dispatch_table[kind]
 
 
 def _reduce(module: nn.Module) -> Any:
