@@ -356,7 +356,6 @@ class _Converter:
 
     def __call__(self, frame: Any, cache_entry: Any, hooks: Any, frame_state: Any, skip: int = 0) -> Any:
         from torch._dynamo import config
-        from torch._dynamo.convert_frame import compile_lock
         from torch._dynamo.types import ConvertFrameReturn, FrameAction, FrameExecStrategy
         from torch._dynamo.utils import graph_break_reasons
 
@@ -373,7 +372,7 @@ class _Converter:
             accumulated_recompile_limit=max(limit, config.accumulated_recompile_limit),
         )
         try:
-            with compile_lock, settings, warnings.catch_warnings():  # Python's filters belong to all threads
+            with settings, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # those of Dynamo's own code; what the forward warns of comes later
                 result = self._convert(frame, cache_entry, hooks, frame_state, skip=skip + 1)
         except Exception as error:

@@ -8,9 +8,7 @@ import logging
 import pickle
 import random
 import threading
-import time
 import types
-import warnings
 import weakref
 from collections import Counter, OrderedDict
 
@@ -1360,31 +1358,6 @@ def test_a_class_is_freed_after_its_last_accelerated_model():
     gc.collect()
     assert reference() is None
     assert set(copyreg.dispatch_table) <= known
-
-
-def test_only_one_thread_at_a_time_changes_the_filters_of_warnings(monkeypatch):
-    class Watching(warnings.catch_warnings):
-        def __enter__(self):
-            inside.append(len(inside))
-            time.sleep(0.1)
-            most.append(len(inside))
-            return super().__enter__()
-
-        def __exit__(self, *error):
-            inside.pop()
-            return super().__exit__(*error)
-
-    inside, most, images = [], [], torch.randn(2, 2, 12, 12)
-    fakes = types.SimpleNamespace(catch_warnings=Watching, simplefilter=warnings.simplefilter)
-    monkeypatch.setattr(dynamo, "warnings", fakes)
-    models = [accelerate(nn.Sequential(*conv_relu_pool(), *[nn.Identity()] * count)) for count in range(3)]
-    threads = [threading.Thread(target=model, args=(images,)) for model in models]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert set(most) == {1}
-    assert len(most) >= 3
 
 
 def test_settings_of_dynamo_are_left_as_they_are():
