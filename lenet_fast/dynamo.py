@@ -7,6 +7,7 @@ Importing this module imports no part of Dynamo, which takes a second: that happ
 
 import collections
 import functools
+import inspect
 import logging
 import os
 import sys
@@ -106,10 +107,15 @@ def _traced_methods(traced: frozenset[types.CodeType]) -> tuple[tuple[type, str,
         (kind, name, method)
         for kind in kinds
         for name in dir(kind)
-        if isinstance(method := getattr(kind, name, None), types.FunctionType)
+        if isinstance(method := _function(inspect.getattr_static(kind, name, None)), types.FunctionType)
         and method.__code__ in traced
         and (method.__module__ or "").partition(".")[0] != "torch"
     )
+
+
+def _function(attribute: Any) -> Any:
+    """What a bound method, a staticmethod or a classmethod calls; anything else itself."""
+    return getattr(attribute, "__func__", attribute)
 
 
 def _guard_methods(methods: tuple[tuple[type, str, types.FunctionType], ...], builder: Any, guard: Any) -> None:
@@ -120,7 +126,7 @@ def _guard_methods(methods: tuple[tuple[type, str, types.FunctionType], ...], bu
 
     def hold() -> bool:
         for kind, name, method, code in references:
-            now = getattr(kind(), name, None)
+            now = _function(getattr(kind(), name, None))
             if now is None or now is not method() or now.__code__ is not code:
                 return False
         return True

@@ -1054,7 +1054,23 @@ def test_methods_may_be_replaced_on_the_class():
     torch.testing.assert_close(model(images), before * 3)
     Notebook.scaled.__code__ = (lambda self, x: x * 4).__code__  # as IPython's autoreload does
     torch.testing.assert_close(model(images), before * 4)
+    for kind in (staticmethod, classmethod):
+        for factor in (5, 6):
+            scaled = (lambda x, f=factor: x * f) if kind is staticmethod else (lambda cls, x, f=factor: x * f)
+            Notebook.scaled = kind(scaled)
+            torch.testing.assert_close(model(images), before * factor)
     assert fused_calls(model, images) == 2
+
+
+def test_what_a_class_has_is_not_computed():
+    class Raises:
+        def __get__(self, owner, kind):
+            raise RuntimeError("not now")
+
+    class Described(Blitz):
+        later = Raises()
+
+    assert fused_calls(accelerate(Described()), torch.randn(2, 1, 32, 32)) == 2
 
 
 def test_batches_of_any_size_are_compiled_a_few_times():
