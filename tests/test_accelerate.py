@@ -1058,7 +1058,8 @@ def test_methods_may_be_replaced_on_the_class():
         for factor in (5, 6):
             scaled = (lambda x, f=factor: x * f) if kind is staticmethod else (lambda cls, x, f=factor: x * f)
             Notebook.scaled = kind(scaled)
-            torch.testing.assert_close(model(images), before * factor)
+            for _ in range(2):
+                torch.testing.assert_close(model(images), before * factor)
     assert fused_calls(model, images) == 2
 
 
