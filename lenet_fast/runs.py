@@ -158,6 +158,8 @@ class _Match:
             with contextlib.suppress(LeftAlone):
                 self._follow_pooling()
         _check_between(self.nodes)
+        if any(label(node) == "_enter_dual_level()" for node in self.nodes[0].graph.nodes):
+            raise LeftAlone("forward-mode gradients are computed within the forward")
         check_size(_weight(self.nodes[0]))
 
     def _follow_pooling(self) -> None:

@@ -642,6 +642,10 @@ def writes_into_a_tensor(self, x):
     return self.inner(y) + kept.sum()
 
 
+def computes_forward_mode_gradients(self, x):
+    return torch.func.jvp(lambda t: self.inner(self.run(t)), (x,), (x + 1,))[1]
+
+
 CAREFUL = {
     # what forward does: how many of two runs are fused, which others are left alone
     "prints": (prints, 2),
@@ -671,6 +675,7 @@ CAREFUL = {
     "checkpoints": (checkpoints, 2),
     "registers-a-hook": (registers_a_hook, 1),
     "writes-into-a-tensor": (writes_into_a_tensor, 1),
+    "computes-forward-mode-gradients": (computes_forward_mode_gradients, 0),
 }
 
 
