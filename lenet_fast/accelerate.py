@@ -28,7 +28,10 @@ from .runs import NOT_CALLED, WATCHED, Captured, CapturedRun, read_sequential
 __all__ = ["Report", "Run", "accelerate", "report", "restore"]
 
 Model = TypeVar("Model", bound=nn.Module)
-NOTHING_COMPILED = "Dynamo compiled nothing: is it switched off (TORCHDYNAMO_DISABLE, torch.compiler.set_stance)?"
+NOTHING_COMPILED = (
+    "Dynamo compiled nothing in its calls: is it switched off (TORCHDYNAMO_DISABLE, torch.compiler.set_stance, "
+    "torch.compiler.disable)?"
+)
 _log = logging.getLogger(__name__)
 
 
@@ -262,8 +265,8 @@ def _attached(module: nn.Module) -> _Record | None:
 
 def _may_attach(module: nn.Module) -> bool:
     """Whether `module` has a forward that may contain runs, and nothing of another's in the place of ours."""
-    kind = type(module)
-    if kind.__module__.partition(".")[0] == "torch" and not issubclass(kind, nn.Sequential | torch.fx.GraphModule):
+    author = getattr(type(module).forward, "__module__", None) or ""
+    if author.partition(".")[0] == "torch" and not isinstance(module, nn.Sequential | torch.fx.GraphModule):
         return False
     return _SLOT not in module.__dict__ and any(isinstance(layer, nn.Conv2d) for layer in module.modules())
 

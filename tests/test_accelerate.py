@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from tutorial_lenets import TUTORIALS, Blitz, Block, FeaturesClassifier, Lightning, SharedLayers, d2l
 
@@ -1366,20 +1366,32 @@ def test_an_accelerated_model_is_freed_with_its_last_reference():
         gc.enable()
 
 
-def test_a_class_is_freed_after_its_last_accelerated_model():
+def test_a_class_is_copied_as_ever_after_its_last_accelerated_model():
+    """The table of `copyreg` would keep the class, and what was compiled for it, alive."""
+
     class Forgotten(Blitz):
         pass
 
-    known = set(copyreg.dispatch_table)
     models = [accelerate(Forgotten()), accelerate(Forgotten())]
     models[0](torch.randn(2, 1, 32, 32))
     del models[0]
-    assert copy.deepcopy(models[0])._compiled_call_impl
-    reference = weakref.ref(Forgotten)
-    del models, Forgotten
     gc.collect()
-    assert reference() is None
-    assert set(copyreg.dispatch_table) <= known
+    assert copy.deepcopy(models[0])._compiled_call_impl
+    del models
+    gc.collect()
+    assert Forgotten not in copyreg.dispatch_table
+
+
+def test_classes_that_pytorch_derives_from_a_model_s_are_accelerated():
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            return weight * 2
+
+    model, images = Blitz(), torch.randn(2, 1, 32, 32)
+    model.scale = nn.Parameter(torch.ones(()))
+    parametrize.register_parametrization(model, "scale", Doubled())
+    assert type(model).__module__.startswith("torch.")
+    assert fused_calls(accelerate(model), images) == 2
 
 
 def test_settings_of_dynamo_are_left_as_they_are():
