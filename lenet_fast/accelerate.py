@@ -82,7 +82,8 @@ def accelerate(model: Model) -> Model:
     what was read.
 
     Plain PyTorch runs where other tools look on: under `torch.jit.trace`, `torch.export`, `torch.func`'s transforms,
-    `FakeTensorMode`, other dispatch modes, and within `torch.compile`, whose own backend gets the graph.
+    forward-mode gradients, hooks of all modules, `FakeTensorMode`, other dispatch modes, and within `torch.compile`,
+    whose own backend gets the graph.
 
     Logs what is fused (INFO) and what is left alone and why (WARNING) to the logger "lenet_fast.accelerate" in the
     first call; `report` returns the same. The kernels take 16 images at a time: smaller batches gain little or lose.
@@ -280,7 +281,7 @@ def _attach(module: nn.Module) -> None:
 
 
 def _copy_accelerated(module: nn.Module) -> None:
-    """Have modules of this class copied and pickled by `_reduce` as long as `module` lives."""
+    """Have modules of the class of `module` copied and pickled by `_reduce` as long as `module` lives."""
     kind = type(module)
     _accelerated[kind] += 1
     copyreg.dispatch_table.setdefault(kind, _reduce)
@@ -288,7 +289,7 @@ def _copy_accelerated(module: nn.Module) -> None:
 
 
 def _forget(kind: type) -> None:
-    """One accelerated module of this class is gone; after the last one, nothing here keeps the class alive."""
+    """One accelerated module of this class is gone: the table keeps the class alive no longer than the last one."""
     _accelerated[kind] -= 1
     if not _accelerated[kind]:
         del _accelerated[kind]
