@@ -104,7 +104,7 @@ def accelerate(model: Model) -> Model:
     return model
 
 
-def report(model: nn.Module, *example_inputs: Any) -> Report:
+def report(model: nn.Module, *example_inputs: Any, **example_options: Any) -> Report:
     """What runs fused in `model`, and what is left alone and why: every Conv2d is in the report, the model stays as is.
 
     Of an accelerated model it tells what was compiled for the calls until now; a convolution that runs fused in one of
@@ -113,15 +113,16 @@ def report(model: nn.Module, *example_inputs: Any) -> Report:
 
     Args:
         model: accelerated or not.
-        example_inputs: arguments of a call. A deep copy of the model is called with them, without gradients: layers and
-            random generators stay as they are, while what the forward does elsewhere (it prints, say) happens.
+        example_inputs, example_options: positional and keyword arguments of a call. A deep copy of the model is called
+            with them, without gradients: layers and random generators stay as they are, while what the forward does
+            elsewhere (it prints, say) happens.
 
     Raises:
         TypeError: `model` is no nn.Module.
     """
     _check_module(model)
-    if example_inputs:
-        model = _called_copy(model, example_inputs)
+    if example_inputs or example_options:
+        model = _called_copy(model, example_inputs, example_options)
     found: dict[Run, None] = {}
     for path, module in model.named_modules():
         if record := _attached(module):
@@ -137,11 +138,11 @@ def report(model: nn.Module, *example_inputs: Any) -> Report:
     return Report(tuple(r for r in found if not r.reason), tuple(r for r in found if r.reason))
 
 
-def _called_copy(model: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
+def _called_copy(model: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> nn.Module:
     model = accelerate(copy.deepcopy(model))
     devices = {tensor.device.index for tensor in model.parameters() if tensor.is_cuda}
     with torch.no_grad(), torch.random.fork_rng(sorted(devices)):
-        model(*copy.deepcopy(inputs))
+        model(*copy.deepcopy(inputs), **copy.deepcopy(options))
     return model
 
 

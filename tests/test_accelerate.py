@@ -409,6 +409,7 @@ def test_reports_before_and_after_calls_and_with_example_inputs(caplog):
     )
     assert str(report(Blitz(), images)) == told
     assert str(report(model, images)) == told
+    assert str(report(Asks(), x=images, scale=2.0)) == told
     assert "not called yet" in str(report(model))
     model(images)
     assert str(report(model)) == told
