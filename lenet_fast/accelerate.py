@@ -8,6 +8,7 @@ model is now.
 `accelerate` the function hides this module's name in the package; `from lenet_fast.accelerate import report` works.
 """
 
+import collections
 import copy
 import copyreg
 import logging
@@ -23,11 +24,15 @@ from torch.nn.parameter import is_lazy
 from .dynamo import Listener, attached_call
 from .fusable import ACTIVATIONS, NO_POOLING, POOLS, is_observed
 from .nn import ConvActPool2d, FusedConv2d
-from .runs import NOT_CALLED, Captured, CapturedRun, read_sequential
+from .runs import NOT_CALLED, WATCHED, Captured, CapturedRun, read_sequential
 
 __all__ = ["Report", "Run", "accelerate", "report", "restore"]
 
 Model = TypeVar("Model", bound=nn.Module)
+NOTHING_COMPILED = (
+    "Dynamo compiled nothing in its calls: is it switched off (TORCHDYNAMO_DISABLE, torch.compiler.set_stance, "
+    "torch.compiler.disable)?"
+)
 _log = logging.getLogger(__name__)
 
 
@@ -78,7 +83,8 @@ def accelerate(model: Model) -> Model:
     what was read.
 
     Plain PyTorch runs where other tools look on: under `torch.jit.trace`, `torch.export`, `torch.func`'s transforms,
-    `FakeTensorMode`, other dispatch modes, and within `torch.compile`, whose own backend gets the graph.
+    forward-mode gradients, hooks of all modules, `FakeTensorMode`, other dispatch modes, and within `torch.compile`,
+    whose own backend gets the graph.
 
     Logs what is fused (INFO) and what is left alone and why (WARNING) to the logger "lenet_fast.accelerate" in the
     first call; `report` returns the same. The kernels take 16 images at a time: smaller batches gain little or lose.
@@ -99,7 +105,7 @@ def accelerate(model: Model) -> Model:
     return model
 
 
-def report(model: nn.Module, *example_inputs: Any) -> Report:
+def report(model: nn.Module, *example_inputs: Any, **example_options: Any) -> Report:
     """What runs fused in `model`, and what is left alone and why: every Conv2d is in the report, the model stays as is.
 
     Of an accelerated model it tells what was compiled for the calls until now; a convolution that runs fused in one of
@@ -108,20 +114,23 @@ def report(model: nn.Module, *example_inputs: Any) -> Report:
 
     Args:
         model: accelerated or not.
-        example_inputs: arguments of a call. A deep copy of the model is called with them, without gradients: layers and
-            random generators stay as they are, while what the forward does elsewhere (it prints, say) happens.
+        example_inputs, example_options: positional and keyword arguments of a call. A deep copy of the model is called
+            with them, without gradients: layers and random generators stay as they are, while what the forward does
+            elsewhere (it prints, say) happens.
 
     Raises:
         TypeError: `model` is no nn.Module.
     """
     _check_module(model)
-    if example_inputs:
-        model = _called_copy(model, example_inputs)
+    if example_inputs or example_options:
+        model = _called_copy(model, example_inputs, example_options)
     found: dict[Run, None] = {}
     for path, module in model.named_modules():
         if record := _attached(module):
             found.update((run.within(path), None) for run in record.runs())
-    if not found and type(model).forward is nn.Sequential.forward and not is_observed(model):
+    record = _attached(model)
+    is_new = not record or not (record.called or record.was_watched)
+    if is_new and not found and type(model).forward is nn.Sequential.forward and not is_observed(model):
         found.update((Run(run.parts, run.reason), None) for run in read_sequential(model))
     seen = {run.layers[0] for run in found}
     for path, layer in model.named_modules():
@@ -130,11 +139,11 @@ def report(model: nn.Module, *example_inputs: Any) -> Report:
     return Report(tuple(r for r in found if not r.reason), tuple(r for r in found if r.reason))
 
 
-def _called_copy(model: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
+def _called_copy(model: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> nn.Module:
     model = accelerate(copy.deepcopy(model))
     devices = {tensor.device.index for tensor in model.parameters() if tensor.is_cuda}
     with torch.no_grad(), torch.random.fork_rng(sorted(devices)):
-        model(*copy.deepcopy(inputs))
+        model(*copy.deepcopy(inputs), **copy.deepcopy(options))
     return model
 
 
@@ -142,14 +151,19 @@ def _why_not_seen(model: nn.Module, path: str) -> str:
     """Why no graph that was compiled contains a convolution."""
     if not path:
         return NO_POOLING
-    called = False
+    called = compiled = watched = False
     while path:
         path = path.rpartition(".")[0]
         record = _attached(model.get_submodule(path))
         if record and record.breaks:
             return f"PyTorch runs its forward, as Dynamo says: {next(iter(record.breaks))}"
-        called |= bool(record and record.called)
-    return "no call has reached it" if called else NOT_CALLED
+        if record:
+            called |= record.called
+            compiled |= bool(record.graphs)
+            watched |= record.was_watched
+    if called:
+        return "no call has reached it" if compiled else NOTHING_COMPILED
+    return WATCHED if watched else NOT_CALLED
 
 
 def restore(model: Model) -> Model:
@@ -183,6 +197,7 @@ def _check_module(model: nn.Module) -> None:
 
 # --- attaching -------------------------------------------------------------------------------------------------------
 
+_accelerated: collections.Counter[type] = collections.Counter()  # how many modules of each class live
 _SLOT = "_compiled_call_impl"  # where nn.Module.compile puts what calls of the module run instead
 
 
@@ -193,11 +208,21 @@ class _Record(Listener):
         super().__init__()
         self._model = weakref.ref(model)
         self.graphs: dict[Captured, tuple[Run, ...]] = {}
+        self.was_watched = False
 
     def take_first_call(self) -> None:
         """Warn of what no graph of the first call contains."""
         super().take_first_call()
         _warn(run for run in report(self._model()).left_alone if run not in self.runs())
+
+    def take_watched_call(self) -> None:
+        """Warn once, of the whole model."""
+        if not self.was_watched:
+            model = self._model()
+            for module in model.modules():
+                if record := _attached(module):
+                    record.was_watched = True
+            _log.warning("%s: %s", type(model).__name__, WATCHED)
 
     def runs(self) -> dict[Run, None]:
         return {run: None for runs in self.graphs.values() for run in runs}
@@ -243,8 +268,8 @@ def _attached(module: nn.Module) -> _Record | None:
 
 def _may_attach(module: nn.Module) -> bool:
     """Whether `module` has a forward that may contain runs, and nothing of another's in the place of ours."""
-    kind = type(module)
-    if kind.__module__.partition(".")[0] == "torch" and not issubclass(kind, nn.Sequential | torch.fx.GraphModule):
+    author = getattr(type(module).forward, "__module__", None) or ""
+    if author.partition(".")[0] == "torch" and not isinstance(module, nn.Sequential | torch.fx.GraphModule):
         return False
     return _SLOT not in module.__dict__ and any(map(_may_convolve, module.modules()))
 
@@ -261,7 +286,24 @@ def _attach(module: nn.Module) -> None:
     call = attached_call(module, record)
     call.lenet_fast_record = record  # type: ignore[attr-defined]  # a function, which torch.jit.script lets be
     module.__dict__[_SLOT] = call
-    copyreg.dispatch_table.setdefault(type(module), _reduce)
+    _copy_accelerated(module)
+
+
+def _copy_accelerated(module: nn.Module) -> None:
+    """Have modules of the class of `module` copied and pickled by `_reduce` as long as `module` lives."""
+    kind = type(module)
+    _accelerated[kind] += 1
+    copyreg.dispatch_table.setdefault(kind, _reduce)
+    weakref.finalize(module, _forget, kind).atexit = False
+
+
+def _forget(kind: type) -> None:
+    """One accelerated module of this class is gone: the table keeps the class alive no longer than the last one."""
+    _accelerated[kind] -= 1
+    if not _accelerated[kind]:
+        del _accelerated[kind]
+        if copyreg.dispatch_table.get(kind) is _reduce:
+            del copyreg.dispatch_table[kind]
 
 
 def _reduce(module: nn.Module) -> Any:

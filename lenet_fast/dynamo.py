@@ -7,6 +7,7 @@ Importing this module imports no part of Dynamo, which takes a second: that happ
 
 import collections
 import functools
+import inspect
 import logging
 import os
 import sys
@@ -19,8 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook  # hooks of all modules, which Dynamo does not see
 
 from .eager import is_intercepted
+from .fusable import is_observed
 from .runs import Captured, fuse
 
 __all__ = ["Listener", "attached_call", "backend", "compiled_forward"]
@@ -63,10 +67,16 @@ def backend(
     fuse(graph_module)
     _guard_modules()
     if not with_inductor:
-        return graph_module.forward
+        return _forward(graph_module)
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(graph_module, example_inputs)
+
+
+def _forward(graph_module: fx.GraphModule) -> Callable[..., Any]:
+    """The graph's own function, which hooks of all modules do not see, as they do not see torch.compile's graphs."""
+    graph_module.code  # noqa: B018  # until it is read, `forward` is one that calls the module
+    return graph_module.forward
 
 
 # --- guards that PyTorch leaves out ----------------------------------------------------------------------------------
@@ -97,10 +107,15 @@ def _traced_methods(traced: frozenset[types.CodeType]) -> tuple[tuple[type, str,
         (kind, name, method)
         for kind in kinds
         for name in dir(kind)
-        if isinstance(method := getattr(kind, name, None), types.FunctionType)
+        if isinstance(method := _function(inspect.getattr_static(kind, name, None)), types.FunctionType)
         and method.__code__ in traced
         and (method.__module__ or "").partition(".")[0] != "torch"
     )
+
+
+def _function(attribute: Any) -> Any:
+    """What a bound method, a staticmethod or a classmethod calls; anything else itself."""
+    return getattr(attribute, "__func__", attribute)
 
 
 def _guard_methods(methods: tuple[tuple[type, str, types.FunctionType], ...], builder: Any, guard: Any) -> None:
@@ -111,7 +126,7 @@ def _guard_methods(methods: tuple[tuple[type, str, types.FunctionType], ...], bu
 
     def hold() -> bool:
         for kind, name, method, code in references:
-            now = getattr(kind(), name, None)
+            now = _function(getattr(kind(), name, None))
             if now is None or now is not method() or now.__code__ is not code:
                 return False
         return True
@@ -141,8 +156,11 @@ class Listener:
         self.graphs[graph] = None
 
     def take_first_call(self) -> None:
-        """The first call has run."""
+        """The first call has run in which no other tool looked on."""
         self.called = True
+
+    def take_watched_call(self) -> None:
+        """A call begins in which another tool looks on."""
 
     def take_call(self, name: str) -> None:
         """Give up a model of which every call is something new, a list that grows, say: reading takes very long."""
@@ -193,9 +211,13 @@ def attached_call(model: nn.Module, listener: Listener) -> Callable[..., Any]:
         caller = sys._getframe(1)
         if caller.f_code is _MODULE_CALL and (called := caller.f_locals["self"]) is not model:
             return called._call_impl(*args, **kwargs)  # it took over the model's __dict__: DataParallel's replicas
+        if listener.called:
+            return _call(listener, model, args, kwargs)
+        if _is_watched():
+            listener.take_watched_call()
+            return _call(listener, model, args, kwargs)
         output = _call(listener, model, args, kwargs)
-        if not listener.called and not _is_watched():
-            listener.take_first_call()
+        listener.take_first_call()
         return output
 
     return call
@@ -207,7 +229,13 @@ _CALLS = compiled_forward(nn.Module()).__code__, attached_call(nn.Module(), None
 
 def _is_watched() -> bool:
     """Whether other tools look on, which have to see PyTorch's own operators."""
-    return is_intercepted() or torch.fx._symbolic_trace.is_fx_symbolic_tracing() or torch.compiler.is_exporting()
+    return (
+        is_intercepted()
+        or _has_any_global_hook()
+        or forward_ad._current_level >= 0
+        or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
+        or torch.compiler.is_exporting()
+    )
 
 
 def _call(listener: Listener, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -219,7 +247,9 @@ def _call(listener: Listener, model: nn.Module, args: tuple, kwargs: dict[str, A
         return model._call_impl(*args, **kwargs)
     if listener.is_given_up or _is_watched():
         return model._call_impl(*args, **kwargs)
-    compiled = _compiled.get(type(model)) or _compile(type(model))
+    cls = type(model)
+    layers = tuple(model._modules) if len(args) == 1 and not kwargs and _is_chain(model) else None
+    compiled = _compiled.get(cls, _NONE).get(layers) or _compile(cls, layers)
     outer = _current.listener
     _current.listener = listener
     try:
@@ -227,7 +257,7 @@ def _call(listener: Listener, model: nn.Module, args: tuple, kwargs: dict[str, A
     finally:
         _current.listener = outer
     if listener.has_read or listener.calls_read:
-        listener.take_call(type(model).__name__)
+        listener.take_call(cls.__name__)
     return output
 
 
@@ -235,7 +265,25 @@ def _plain_call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return model._call_impl(*args, **kwargs)
 
 
-_compiled: weakref.WeakKeyDictionary[type, Callable[..., Any]] = weakref.WeakKeyDictionary()
+def _is_chain(model: nn.Module) -> bool:
+    """Whether a call of `model` is a call of its layers, one after the other, and nothing else."""
+    cls = type(model)
+    is_sequential = cls.forward is nn.Sequential.forward and cls.__iter__ is nn.Sequential.__iter__
+    return is_sequential and not is_observed(model)
+
+
+def _chain_call(layers: tuple[str, ...]) -> types.FunctionType:
+    """A call of a Sequential without its loop: Dynamo reads no part of a loop in which a layer breaks the graph."""
+    lines = [f"value = model._modules[{name!r}](value)" for name in layers]
+    scope: dict[str, Any] = {}
+    exec("\n    ".join(["def call(model, value):", *lines, "return value"]), scope)
+    return scope["call"]
+
+
+# By the class of the models, and the names of the layers of those that `_chain_call` calls.
+_Calls = dict[tuple[str, ...] | None, Callable[..., Any]]
+_compiled: weakref.WeakKeyDictionary[type, _Calls] = weakref.WeakKeyDictionary()
+_NONE: _Calls = {}
 
 
 def _is_wanted(record: logging.LogRecord) -> bool:
@@ -249,13 +297,14 @@ def _quieten() -> None:
         logging.getLogger(name).addFilter(_is_wanted)
 
 
-def _compile(cls: type[nn.Module]) -> Callable[..., Any]:
+def _compile(cls: type[nn.Module], layers: tuple[str, ...] | None) -> Callable[..., Any]:
     """The call of a model of this class, compiled; Dynamo keeps what it compiles with the function's code object."""
     import torch._dynamo
 
     _quieten()
-    code = _plain_call.__code__.replace(co_name=f"call_{cls.__name__}")
-    function = types.FunctionType(code, globals(), code.co_name)
+    call = _plain_call if layers is None else _chain_call(layers)
+    code = call.__code__.replace(co_name=f"call_{cls.__name__}")
+    function = types.FunctionType(code, call.__globals__, code.co_name)
     try:
         context = torch._dynamo.optimize(_fuse_and_tell)
         if not hasattr(context, "callback"):
@@ -267,14 +316,14 @@ def _compile(cls: type[nn.Module]) -> Callable[..., Any]:
     else:
         context.callback._torchdynamo_orig_backend = converter
         compiled = context(function)
-    return _compiled.setdefault(cls, compiled)
+    return _compiled.setdefault(cls, {}).setdefault(layers, compiled)
 
 
 def _fuse_and_tell(graph_module: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
     """As `backend`; tells the listener of each call."""
     graph = fuse(graph_module)
     _guard_modules()
-    forward = graph_module.forward
+    forward = _forward(graph_module)
 
     def run(*inputs: Any) -> Any:
         listener = _current.listener

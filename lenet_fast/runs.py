@@ -28,9 +28,13 @@ from .fusable import (
     read_layer,
 )
 
-__all__ = ["NOT_CALLED", "Captured", "CapturedRun", "fuse", "read_sequential"]
+__all__ = ["NOT_CALLED", "WATCHED", "Captured", "CapturedRun", "fuse", "read_sequential"]
 
 NOT_CALLED = "not called yet: call the accelerated model, or give `report` example inputs"
+WATCHED = (
+    "plain PyTorch ran in all calls, as another tool looked on (hooks of all modules, a dispatch mode, torch.func, "
+    "forward-mode gradients, jit.trace, export)"
+)
 
 # Layers of these are named in reports by where they are in the model; within other modules, functions by their names.
 _LIBRARIES = ("torch.nn.", "lenet_fast.")
@@ -154,6 +158,8 @@ class _Match:
             with contextlib.suppress(LeftAlone):
                 self._follow_pooling()
         _check_between(self.nodes)
+        if any(label(node) == "_enter_dual_level()" for node in self.nodes[0].graph.nodes):
+            raise LeftAlone("forward-mode gradients are computed within the forward")
         check_size(_weight(self.nodes[0]))
 
     def _follow_pooling(self) -> None:
@@ -246,6 +252,8 @@ def _only_user(node: fx.Node) -> fx.Node:
         raise LeftAlone(f"{what} is used {len(users)} times")
     if users[0].op == "output":
         raise LeftAlone(NO_POOLING)
+    if users[0].kwargs.get("out") is not None:
+        raise LeftAlone(f"{label(users[0])} writes into a tensor that it is given")
     return users[0]
 
 

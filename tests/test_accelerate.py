@@ -1,6 +1,7 @@
 """`accelerate`, `report`, `restore`: the same outputs, gradients, side effects and state_dict, fused where possible."""
 
 import copy
+import copyreg
 import gc
 import io
 import logging
@@ -15,15 +16,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from tutorial_lenets import TUTORIALS, Blitz, Block, FeaturesClassifier, Lightning, SharedLayers, d2l
 
 import lenet_fast
 from lenet_fast import dynamo, models
-from lenet_fast.accelerate import accelerate, report, restore
+from lenet_fast.accelerate import NOTHING_COMPILED, accelerate, report, restore
 from lenet_fast.nn import ConvActPool2d, ScaledTanh
-from lenet_fast.runs import NOT_CALLED
+from lenet_fast.runs import NOT_CALLED, WATCHED
 
 tutorials = pytest.mark.parametrize("tutorial", TUTORIALS.values(), ids=TUTORIALS)
 FUSED_OPERATORS = ("lenet_fast::conv_act_pool", "lenet_fast::_conv_recording")
@@ -408,6 +409,7 @@ def test_reports_before_and_after_calls_and_with_example_inputs(caplog):
     )
     assert str(report(Blitz(), images)) == told
     assert str(report(model, images)) == told
+    assert str(report(Asks(), x=images, scale=2.0)) == told
     assert "not called yet" in str(report(model))
     model(images)
     assert str(report(model)) == told
@@ -480,6 +482,16 @@ class Unused(Blitz):
 def test_warns_of_convolutions_that_the_first_call_does_not_reach(caplog):
     accelerate(Unused())(torch.randn(2, 1, 32, 32))
     assert told(caplog) == [("WARNING", "left alone:\n  spare: no call has reached it")]
+
+
+def test_says_that_nothing_was_compiled():
+    model = accelerate(chain(*conv_relu_pool()))
+    assert len(report(model).fused) == 1  # as far as its layers tell
+    with torch.compiler.set_stance("force_eager"):
+        model(IMAGES)
+    assert str(report(model)) == f"0 fused, 1 left alone\n  left alone  0: {NOTHING_COMPILED}"
+    model(IMAGES)
+    assert str(report(model)) == "1 fused, 0 left alone\n  fused       0 + 1 + 2"
 
 
 # --- forwards that do more than compute ------------------------------------------------------------------------------
@@ -624,6 +636,17 @@ def registers_a_hook(self, x):
     return self.inner(F.max_pool2d(F.relu(y), 2))
 
 
+def writes_into_a_tensor(self, x):
+    with torch.no_grad():
+        kept = torch.empty(len(x), 4, 10, 10)
+        y = F.max_pool2d(torch.tanh(self.conv(x), out=kept), 2)
+    return self.inner(y) + kept.sum()
+
+
+def computes_forward_mode_gradients(self, x):
+    return torch.func.jvp(lambda t: self.inner(self.run(t)), (x,), (x + 1,))[1]
+
+
 CAREFUL = {
     # what forward does: how many of two runs are fused, which others are left alone
     "prints": (prints, 2),
@@ -652,6 +675,8 @@ CAREFUL = {
     "catches": (catches, 2),
     "checkpoints": (checkpoints, 2),
     "registers-a-hook": (registers_a_hook, 1),
+    "writes-into-a-tensor": (writes_into_a_tensor, 1),
+    "computes-forward-mode-gradients": (computes_forward_mode_gradients, 0),
 }
 
 
@@ -681,6 +706,46 @@ def test_a_forward_that_does_more_than_compute(name, capsys):
     for value, wanted in zip(actual, expected, strict=True):
         torch.testing.assert_close(value, wanted, rtol=1e-4, atol=2e-2 if "autocast" in name else 1e-5)
     assert len({run.layers[0] for run in report(fast).fused}) == fused
+
+
+class Prints(nn.Module):
+    def forward(self, x):
+        print("shape", x.shape)
+        return x
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, nn.Sequential, nn.DataParallel], ids=["itself", "nested", "wrapped"])
+def test_a_sequential_runs_fused_on_both_sides_of_a_layer_that_dynamo_cannot_read(wrap, capsys):
+    model = wrap(chain(*conv_relu_pool(), Prints(), *conv_relu_pool(4)))
+    expected = model(IMAGES)
+    accelerate(model)
+    capsys.readouterr()
+    torch.testing.assert_close(model(IMAGES), expected)
+    assert capsys.readouterr().out == "shape torch.Size([3, 4, 5, 5])\n"
+    assert fused_calls(model, IMAGES) == 2
+    assert [run.layers[-1][-1] for run in report(model).fused] == ["2", "6"]
+    assert not report(model).left_alone
+
+
+def test_a_sequential_may_change_its_layers_and_how_it_runs_them():
+    class Backwards(nn.Sequential):
+        def __iter__(self):
+            return reversed(self._modules.values())
+
+    model = accelerate(chain(*conv_relu_pool()))
+    model(IMAGES)
+    model.append(nn.Flatten())
+    assert model(IMAGES).shape == (3, 100)
+    model.forward = lambda x: x + 1
+    assert torch.equal(model(IMAGES), IMAGES + 1)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'input'"):
+        accelerate(chain(*conv_relu_pool()))()
+    model = chain(*conv_relu_pool())
+    expected = model(IMAGES)
+    torch.testing.assert_close(accelerate(model)(input=IMAGES), expected)
+    model = Backwards(nn.Flatten(), *reversed(conv_relu_pool()))
+    expected = model(IMAGES)
+    torch.testing.assert_close(accelerate(model)(IMAGES), expected)
 
 
 class Failing(Blitz):
@@ -730,7 +795,7 @@ def test_failures_of_dynamo_are_none_of_the_model(monkeypatch, caplog):
         assert {run.reason for run in report(model).left_alone} == {reason}
         assert reason in str(told(caplog))
     assert fused_calls(model, images) == 2
-    torch._dynamo.reset_code(dynamo._compiled[Unlucky].__wrapped__.__code__)
+    torch._dynamo.reset_code(dynamo._compiled[Unlucky][None].__wrapped__.__code__)
     with monkeypatch.context() as patch:
         patch.setattr(dynamo, "fuse", fail)
         for _ in range(10):
@@ -995,7 +1060,24 @@ def test_methods_may_be_replaced_on_the_class():
     torch.testing.assert_close(model(images), before * 3)
     Notebook.scaled.__code__ = (lambda self, x: x * 4).__code__  # as IPython's autoreload does
     torch.testing.assert_close(model(images), before * 4)
+    for kind in (staticmethod, classmethod):
+        for factor in (5, 6):
+            scaled = (lambda x, f=factor: x * f) if kind is staticmethod else (lambda cls, x, f=factor: x * f)
+            Notebook.scaled = kind(scaled)
+            for _ in range(2):
+                torch.testing.assert_close(model(images), before * factor)
     assert fused_calls(model, images) == 2
+
+
+def test_what_a_class_has_is_not_computed():
+    class Raises:
+        def __get__(self, owner, kind):
+            raise RuntimeError("not now")
+
+    class Described(Blitz):
+        later = Raises()
+
+    assert fused_calls(accelerate(Described()), torch.randn(2, 1, 32, 32)) == 2
 
 
 def test_batches_of_any_size_are_compiled_a_few_times():
@@ -1013,7 +1095,7 @@ def test_batches_of_any_size_are_compiled_a_few_times():
 def compilations(cls):
     from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
-    return len(_debug_get_cache_entry_list(dynamo._compiled[cls].__wrapped__.__code__))
+    return len(_debug_get_cache_entry_list(dynamo._compiled[cls][None].__wrapped__.__code__))
 
 
 def test_models_of_one_class_share_what_is_compiled_and_many_architectures_of_it_run_fused(caplog):
@@ -1161,6 +1243,46 @@ def test_other_modes_see_the_plain_operators():
     assert fused_calls(model, images) == 2
 
 
+def test_hooks_of_all_modules_see_every_layer():
+    class Hooked(Blitz):
+        pass
+
+    model, images, seen = accelerate(Hooked()), torch.randn(2, 1, 32, 32), []
+    expected = model(images)
+    for _ in range(2):
+        hook = nn.modules.module.register_module_forward_hook(lambda m, i, o: seen.append(type(m).__name__) or o * 2)
+        try:
+            assert not torch.allclose(model(images), expected)
+        finally:
+            hook.remove()
+        assert seen == ["Conv2d", "Conv2d", "Linear", "Linear", "Linear", "Hooked"]
+        seen.clear()
+    assert torch.equal(model(images), expected)
+
+
+def test_forward_mode_gradients():
+    model, images = accelerate(d2l()), torch.randn(2, 1, 28, 28)
+    tangents = []
+    for each in (model, restore(copy.deepcopy(model))):
+        with torch.autograd.forward_ad.dual_level():
+            output = each(torch.autograd.forward_ad.make_dual(images, images))
+            tangents.append(torch.autograd.forward_ad.unpack_dual(output).tangent)
+    torch.testing.assert_close(*tangents)
+
+
+@pytest.mark.parametrize("make", [Blitz, lambda: nn.Sequential(Blitz().conv1, nn.MaxPool2d(2))], ids=["own", "chain"])
+def test_says_once_that_other_tools_looked_on_in_every_call(make, caplog):
+    model = accelerate(nn.Sequential(OrderedDict(inner=make())))
+    for _ in range(2):
+        torch.vmap(model)(torch.randn(2, 2, 1, 32, 32))
+    assert told(caplog) == [("WARNING", f"Sequential: {WATCHED}")]
+    assert {run.reason for run in report(model).left_alone} == {WATCHED}
+    assert not report(model).fused
+    model(torch.randn(2, 1, 32, 32))
+    assert report(model).fused
+    assert not report(model).left_alone
+
+
 def test_functional_call_and_per_sample_gradients():
     model = accelerate(d2l())
     plain = restore(copy.deepcopy(model))
@@ -1243,6 +1365,34 @@ def test_an_accelerated_model_is_freed_with_its_last_reference():
         assert reference() is None
     finally:
         gc.enable()
+
+
+def test_a_class_is_copied_as_ever_after_its_last_accelerated_model():
+    """The table of `copyreg` would keep the class, and what was compiled for it, alive."""
+
+    class Forgotten(Blitz):
+        pass
+
+    models = [accelerate(Forgotten()), accelerate(Forgotten())]
+    models[0](torch.randn(2, 1, 32, 32))
+    del models[0]
+    gc.collect()
+    assert copy.deepcopy(models[0])._compiled_call_impl
+    del models
+    gc.collect()
+    assert Forgotten not in copyreg.dispatch_table
+
+
+def test_classes_that_pytorch_derives_from_a_model_s_are_accelerated():
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            return weight * 2
+
+    model, images = Blitz(), torch.randn(2, 1, 32, 32)
+    model.scale = nn.Parameter(torch.ones(()))
+    parametrize.register_parametrization(model, "scale", Doubled())
+    assert type(model).__module__.startswith("torch.")
+    assert fused_calls(accelerate(model), images) == 2
 
 
 def test_settings_of_dynamo_are_left_as_they_are():
