@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .calls import read_graph
-from .dynamo import _guard_modules
+from .dynamo import guard_modules
 from .eager import in_plain_modes
 from .fusable import LeftAlone
 from .links import Link, NetworkError
@@ -148,7 +148,7 @@ def _backend(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., tuple]:
     links, places = read_graph(module.graph)
     if InstructionTranslator.current_tx().output.side_effects.tensor_hooks:
         raise LeftAlone("its forward gives tensors hooks, which native steps do not call")
-    _guard_modules()
+    guard_modules()
 
     def found(*values: Any) -> tuple:
         _found.reading = Reading(links, tuple([values[place] for place in places]))

@@ -27,7 +27,7 @@ from .eager import is_intercepted
 from .fusable import is_observed
 from .runs import Captured, fuse
 
-__all__ = ["Listener", "attached_call", "backend", "compiled_forward"]
+__all__ = ["Listener", "attached_call", "backend", "compiled_forward", "guard_modules"]
 
 _log = logging.getLogger("lenet_fast.accelerate")  # the package's users know accelerate, not how it is made
 
@@ -65,7 +65,7 @@ def backend(
     if options:
         raise ValueError(f"options: expected 'inductor' alone, got {', '.join(map(repr, options))}")
     fuse(graph_module)
-    _guard_modules()
+    guard_modules()
     if not with_inductor:
         return _forward(graph_module)
     from torch._inductor.compile_fx import compile_fx
@@ -82,7 +82,7 @@ def _forward(graph_module: fx.GraphModule) -> Callable[..., Any]:
 # --- guards that PyTorch leaves out ----------------------------------------------------------------------------------
 
 
-def _guard_modules() -> None:
+def guard_modules() -> None:
     """Have the graph that is being compiled guarded against later hooks, and methods replaced on classes."""
     from torch._dynamo.guards import GuardBuilder
     from torch._dynamo.source import GlobalStateSource
@@ -322,7 +322,7 @@ def _compile(cls: type[nn.Module], layers: tuple[str, ...] | None) -> Callable[.
 def _fuse_and_tell(graph_module: fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
     """As `backend`; tells the listener of each call."""
     graph = fuse(graph_module)
-    _guard_modules()
+    guard_modules()
     forward = _forward(graph_module)
 
     def run(*inputs: Any) -> Any:
