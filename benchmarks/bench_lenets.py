@@ -26,6 +26,7 @@ import lenet_fast as lf
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from public_lenets import LENETS, PublicLeNet
 
+WARM_UPS = 12  # a forward that differs in every call is read anew in some of the first ones
 CHECKED_STEPS = 3  # later ones would amplify rounding
 LR = 1e-3  # small: the race takes thousands of steps on one batch
 LOSSES = "losses"
@@ -130,6 +131,9 @@ def measure(
         losses = _first_losses(step).float()
         if not (draws and contestant == FUSED):  # native steps draw their own numbers: the tests compare these
             judge(contestant, {LOSSES: losses}, slack=RANDOM_SLACK if draws else 1)
+    for step in steps.values():
+        for _ in range(WARM_UPS):
+            step()
     race = harness.race(steps, rounds=rounds, sample_seconds=sample_seconds, probe=device.probe, timer=device.timer)
     flops, how = task.flops, _trainer(task).how(task.data()[0])
     table = []

@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook  # hooks of all modules, which Dynamo does not see
 
 from .eager import is_intercepted
-from .fusable import is_observed
+from .fusable import calls_its_layers, is_observed
 from .runs import Captured, fuse
 
 __all__ = ["Listener", "attached_call", "backend", "compiled_forward", "guard_modules"]
@@ -248,7 +248,8 @@ def _call(listener: Listener, model: nn.Module, args: tuple, kwargs: dict[str, A
     if listener.is_given_up or _is_watched():
         return model._call_impl(*args, **kwargs)
     cls = type(model)
-    layers = tuple(model._modules) if len(args) == 1 and not kwargs and _is_chain(model) else None
+    is_chain = len(args) == 1 and not kwargs and calls_its_layers(cls) and not is_observed(model)
+    layers = tuple(model._modules) if is_chain else None
     compiled = _compiled.get(cls, _NONE).get(layers) or _compile(cls, layers)
     outer = _current.listener
     _current.listener = listener
@@ -263,13 +264,6 @@ def _call(listener: Listener, model: nn.Module, args: tuple, kwargs: dict[str, A
 
 def _plain_call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return model._call_impl(*args, **kwargs)
-
-
-def _is_chain(model: nn.Module) -> bool:
-    """Whether a call of `model` is a call of its layers, one after the other, and nothing else."""
-    cls = type(model)
-    is_sequential = cls.forward is nn.Sequential.forward and cls.__iter__ is nn.Sequential.__iter__
-    return is_sequential and not is_observed(model)
 
 
 def _chain_call(layers: tuple[str, ...]) -> types.FunctionType:

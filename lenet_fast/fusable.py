@@ -1,6 +1,6 @@
 """What a layer or a call is to a run of convolution, activation and pooling that the fused operator computes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -104,6 +104,20 @@ def foreign_layer(kind: type) -> Foreign:
 def is_observed(layer: nn.Module) -> bool:
     """Whether someone besides `forward` sees or changes what goes in and out of this very object."""
     return "forward" in layer.__dict__ or any(getattr(layer, hooks) for hooks in HOOKS)
+
+
+def calls_its_layers(kind: type[nn.Module], forward: Callable[..., Any] = nn.Sequential.forward) -> bool:
+    """Whether a call of a module of this class is calls of its layers, one after the other, and nothing else.
+
+    Args:
+        forward: the one that does so.
+    """
+    return (
+        getattr(kind, "forward", None) is forward  # a class of TorchScript has none
+        and kind.__iter__ is nn.Sequential.__iter__
+        and kind.__call__ is nn.Module.__call__
+        and kind._call_impl is nn.Module._call_impl
+    )
 
 
 def _padding(conv: nn.Conv2d) -> int | str:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import reference
-from .fusable import ACTIVATIONS, POOLS, LeftAlone, is_observed, read_layer
+from .fusable import ACTIVATIONS, POOLS, LeftAlone, calls_its_layers, is_observed, read_layer
 from .nn import RBF, ConvActPool2d, ConvSubsample2d, FusedConv2d, SparseConvActPool2d
 
 __all__ = ["LAYERS", "NO_LAYER", "OBSERVED", "Link", "NetworkError", "links_of_layers"]
@@ -71,21 +71,12 @@ def links_of_layers(model: nn.Module) -> list[Link] | None:
     return links if complete else None
 
 
-def _calls_its_layers(kind: type[nn.Module]) -> bool:
-    """Whether a call of such a module is calls of its layers, one after the other, and nothing else."""
-    from .lenet import LeNet  # whose own forward reads it, too
-
-    return (
-        kind.forward in (nn.Sequential.forward, LeNet.forward)
-        and kind.__iter__ is nn.Sequential.__iter__
-        and kind.__call__ is nn.Module.__call__
-        and kind._call_impl is nn.Module._call_impl
-    )
-
-
 def _layers_of(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     """The layers that a forward calls one after the other, as far as containers say so."""
-    if _calls_its_layers(type(module)) and not is_observed(module):
+    from .lenet import LeNet  # whose own forward reads it, too
+
+    kind = type(module)
+    if (calls_its_layers(kind) or calls_its_layers(kind, LeNet.forward)) and not is_observed(module):
         for own, child in module._modules.items():
             yield from _layers_of(child, f"{name}.{own}" if name else own)
     else:

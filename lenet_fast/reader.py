@@ -15,7 +15,8 @@ from .snapshot import Snapshot
 
 __all__ = ["Reader"]
 
-_MOST_ATTEMPTS = 8  # to read one forward that cannot be read: each takes some tenths of a second
+_MOST_BATCHES = 8  # kinds of batches of which one unchanged model is read
+_MOST_ATTEMPTS = 3  # to read one forward that cannot be read: each takes some tenths of a second
 
 
 class Reader:
@@ -93,7 +94,7 @@ class Reader:
             raise NetworkError("someone listens to PyTorch's operators, which native steps do not call")
         if self._unread:
             reason = self._unread.get(self._key(shape, dtype))
-            if reason is None and len(self._unread) >= _MOST_ATTEMPTS:
+            if reason is None and len(self._unread) >= _MOST_BATCHES:
                 reason = next(iter(self._unread.values()))
             if reason is not None:
                 raise NetworkError(reason)

@@ -284,9 +284,9 @@ class TrainingSteps:
         number = len(labels) if order is None else len(order)
         reason = self._why_not_native(images, labels, number, batch_size)
         if self._said is None or self._said[0] != reason:
-            how = self._sentence(images, reason)
-            self._said = reason, how
-            _log.info("%s: %s", type(self.model).__name__, how)
+            said, self._said = self._said, (reason, self._sentence(images, reason))
+            if said is None or (said[0] is None) != (reason is None):  # another way, and not another reason for it
+                _log.info("%s: %s", type(self.model).__name__, self._said[1])
         if reason is not None:
             if self._native_only:
                 raise NetworkError(reason)
