@@ -175,7 +175,8 @@ def _window(chain: list[fx.Node], at: int) -> _Found:
         return _NOTHING
     label = call_label(nodes[1])
     options = {"padding": 0}
-    return 2, [Link(label, "convolution", options, _tensors(nodes[1], weight, _bias(nodes[1]))), Link(label, "flatten")]
+    convolution = Link(label, "convolution", options, _tensors(nodes[1], weight, _bias(nodes[1])))
+    return 2, [convolution, Link(label, "flatten", {"of_single_values": True})]
 
 
 def _reshaping(chain: list[fx.Node], at: int) -> _Found:
@@ -309,22 +310,20 @@ def _part(label: str, node: fx.Node) -> Link:
 
 _linear = torch._C._nn.linear
 # Calls after which the values of an image are the same, in the same order.
-SAME_VALUES = {
-    *(
-        "view",
-        "reshape",
-        "flatten",
-        "unflatten",
-        "squeeze",
-        "unsqueeze",
-        "contiguous",
-        "clone",
-        "to",
-        "float",
-        "double",
-    ),
+SAME_VALUES = (
+    "view",
+    "reshape",
+    "flatten",
+    "unflatten",
+    "squeeze",
+    "unsqueeze",
+    "contiguous",
+    "clone",
+    "to",
+    "float",
+    "double",
     *(torch.reshape, torch.flatten, torch.unflatten, torch.squeeze, torch.unsqueeze, torch.clone, operator.getitem),
-}
+)
 # By function or name of a method: what makes a link of a call.
 CALLS: dict[Any, Callable[[str, fx.Node], Link]] = {
     torch.conv2d: _convolution,

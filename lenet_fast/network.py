@@ -149,6 +149,7 @@ class Network:
     ends_in_log_softmax: bool = False
     _image_drops: _Drops = field(default_factory=_Drops)
     _flattened: bool = False
+    _of_single_values: bool = False  # what is flattened: maps of one value each
 
     @classmethod
     def of(cls, model: nn.Module) -> "Network":
@@ -212,14 +213,14 @@ class Network:
             raise LeftAlone("an RBF layer needs a dense layer before it")
         self.codes = link.tensors["codes"]
 
-    def _take_flatten(self, link: Link, start: int = 1, end: int = -1) -> None:
+    def _take_flatten(self, link: Link, start: int = 1, end: int = -1, of_single_values: bool = False) -> None:
         last = 1 if self._flattened else 3
         if start not in (1, -last) or end not in (-1, last):
             raise LeftAlone(f"flattens dimensions {start} to {end}, not 1 to -1")
-        self._flattened = True
+        self._flattened, self._of_single_values = True, of_single_values
 
     def _take_maps(self, link: Link) -> None:
-        if not self.layers[-1].is_dense:
+        if not (self.layers[-1].is_dense or self._of_single_values):
             raise LeftAlone("makes maps of one value each of larger ones")
         self._flattened = False
 

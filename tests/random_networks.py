@@ -29,7 +29,7 @@ _FUSED = {  # by operator, as a forward has it: what a user calls, and which lay
     OPS.conv_subsample.default: (functional.conv_subsample, ConvSubsample2d),
 }
 _PARAMETERS = {torch.conv2d: nn.Conv2d, torch._C._nn.linear: nn.Linear} | {op: kind for op, (_, kind) in _FUSED.items()}
-LINKS = (*LAYERS, *CALLS, *SAME_VALUES - {"float"})  # everything is float64
+LINKS = (*LAYERS, *CALLS, *(call for call in SAME_VALUES if call != "float"))  # everything is float64
 _CONVOLUTIONS = [kind for kind in LAYERS if issubclass(kind, nn.Conv2d | FusedConv2d)]
 _NOT_DRAWN = {"device", "dtype", *CONV_OPTIONS}  # arguments that the reader leaves no choice of
 _MOST_VALUES = 3000  # of an image, between two layers

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 # Seeds of the networks of each test. They begin where 495 have all that the last test wants.
-GROUPS = [range(first, first + 45) for first in range(2225, 2720, 45)]
+GROUPS = [range(first, first + 45) for first in range(2650, 3145, 45)]
 SETTINGS = [
     {"optimizer": "sgd", "lr": 1e-4, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-3},
     {"optimizer": "adam", "lr": 1e-4, "weight_decay": 1e-2},
