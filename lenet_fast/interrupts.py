@@ -49,7 +49,7 @@ class Interrupts:
     ) -> None:
         if self._before is not None:
             ends = _IS_COMMAND and self._raised is not None  # and nothing is left to interrupt
-            signal.signal(signal.SIGINT, signal.SIG_IGN if ends else self._before)
+            signal.signal(signal.SIGINT, _do_nothing if ends else self._before)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -79,8 +79,12 @@ class Interrupts:
         raise Interrupted
 
 
+def _do_nothing(number: int, frame: FrameType | None) -> None:
+    """In the place of SIG_IGN, with which Python prints a traceback where a signal comes while it is being set."""
+
+
 def _leave(number: int = signal.SIGINT, frame: FrameType | None = None) -> NoReturn:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, _do_nothing)
     with contextlib.suppress(OSError):
         os.write(2, b"lenet-fast: interrupted\n")
     os._exit(STATUS)

@@ -112,10 +112,8 @@ class _Reading(Snapshot):
         when a tensor has changed.
         """
         with self._lock:
-            if (
-                definition not in self._definitions.values()
-            ):  # another thread has refused, and so released it, meanwhile
-                return
+            if definition not in self._definitions.values():
+                return  # another thread has refused the definition, and so released it, meanwhile
             self.last = None, None
             self._definitions.clear()
             while self._releases:
